@@ -1,0 +1,1 @@
+"""A quantizing compiler for ONNX models that measures what it makes."""

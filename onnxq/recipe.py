@@ -1,0 +1,256 @@
+"""Recipes: what to do with a model, as frozen dataclasses that read from and print to YAML.
+
+A key that is not known is refused with its path, as is a value of the wrong kind. The named schemes are YAML files of
+the same form in `onnxq/recipes/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import resources
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from onnxq.errors import RecipeError, UsageError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor` or per `channel`."""
+
+    dtype: str = "int8"
+    symmetric: bool = True
+    granularity: str = "tensor"
+    dynamic: bool = False
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Numeric formats of activations and weights and the operators that take them; float when both are None."""
+
+    name: str
+    summary: str = ""
+    activations: TensorSpec | None = None
+    weights: TensorSpec | None = None
+    operators: tuple[str, ...] = ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized under this scheme."""
+        return self.weights is None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether activation scales are computed at run time, so that no calibration is needed."""
+        return self.activations is not None and self.activations.dynamic
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which nodes a rule is for: an operator type, a glob over names, or both."""
+
+    op: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Nodes that match get `scheme` (a name; `float` keeps them as they are), for `reason`."""
+
+    match: Match
+    scheme: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """samples: rows used at most (None: all); ranges: minmax or percentile; percentile in percent."""
+
+    samples: int | None = 128
+    batch: int | None = None
+    ranges: str = "minmax"
+    percentile: float = 99.999
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """Globs of nodes that stay float."""
+
+    keep_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BudgetSpec:
+    """The metric and how much of it may be lost: '0.5%' relative, '0.5pt' points, '0.005' the metric's unit."""
+
+    metric: str | None = None
+    max_drop: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a compilation, apart from the model, the data and the target."""
+
+    scheme: Scheme
+    version: int = VERSION
+    rules: tuple[Rule, ...] = ()
+    calibration: Calibration = Calibration()
+    fallback: Fallback = Fallback()
+    budget: BudgetSpec = BudgetSpec()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON, defaults included."""
+        return {"version": self.version, **_plain(self)}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `read` turns into an equal recipe."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=110)
+
+
+FLOAT = Scheme("float", "nothing is quantized")
+
+
+def scheme_names() -> list[str]:
+    """Names of the schemes that ship with onnxq."""
+    folder = resources.files("onnxq").joinpath("recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def scheme_text(name: str) -> str:
+    """The YAML of a named scheme. Raises UsageError with near matches for an unknown name."""
+    if name not in scheme_names():
+        near = difflib.get_close_matches(name, scheme_names(), 3, 0.4) or scheme_names()
+        raise UsageError(f"there is no scheme {name!r}; known: {', '.join(near)} (onnxq schemes lists them)")
+    return resources.files("onnxq").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def scheme(name: str) -> Scheme:
+    """A named scheme; `float` is one too. Raises UsageError for an unknown name."""
+    if name == FLOAT.name:
+        return FLOAT
+    built: Scheme = _build(Scheme, yaml.safe_load(scheme_text(name)), "scheme")
+    return built
+
+
+def read(path: str | Path) -> Recipe:
+    """A recipe from a YAML file. Raises RecipeError naming the key, or UsageError when the file can't be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"the recipe {path} can't be read ({e}); check the path") from None
+    return parse(text)
+
+
+def parse(text: str) -> Recipe:
+    """A recipe from YAML text. Raises RecipeError naming the key by its path."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise RecipeError(f"the recipe is not valid YAML ({str(e).splitlines()[0]}); correct it") from None
+    if not isinstance(data, dict):
+        raise RecipeError("the recipe must be a mapping with at least `scheme:`; see onnxq compile --print-recipe")
+    data = dict(data)
+    if data.get("version", VERSION) != VERSION:
+        raise RecipeError(f"version: {data['version']!r} is not known; this onnxq reads version {VERSION}")
+    chosen = data.get("scheme")
+    if chosen is None:
+        raise RecipeError(f"scheme: missing; name one of {', '.join([*scheme_names(), FLOAT.name])}")
+    if isinstance(chosen, str):
+        try:
+            data["scheme"] = scheme(chosen)
+        except UsageError as e:
+            raise RecipeError(f"scheme: {e}") from None
+    recipe: Recipe = _build(Recipe, data, "")
+    for k, rule in enumerate(recipe.rules):
+        if rule.scheme not in (FLOAT.name, recipe.scheme.name):
+            raise RecipeError(f"rules[{k}].scheme: {rule.scheme!r} can't be mixed into {recipe.scheme.name} yet; "
+                              f"use float or {recipe.scheme.name}")
+    return recipe
+
+
+def matches(glob: str, names: typing.Iterable[str]) -> bool:
+    """Whether any name fits the glob; '.' and '/' are alike, `{a,b}` offers alternatives, case counts."""
+    patterns = [p.replace(".", "/") for p in expand_braces(glob)]
+    return any(fnmatchcase(name.replace(".", "/"), pattern) for name in names for pattern in patterns)
+
+
+def expand_braces(glob: str) -> list[str]:
+    """'a{b,c}d' -> ['abd', 'acd']; nested braces too; an unclosed brace stands for itself."""
+    start = glob.find("{")
+    if start < 0:
+        return [glob]
+    depth, pieces, last = 0, [], start + 1
+    for k in range(start, len(glob)):
+        if glob[k] == "{":
+            depth += 1
+        elif glob[k] == "," and depth == 1:
+            pieces.append(glob[last:k])
+            last = k + 1
+        elif glob[k] == "}":
+            depth -= 1
+            if depth == 0:
+                pieces.append(glob[last:k])
+                return [glob[:start] + inner + tail for piece in pieces for inner in expand_braces(piece)
+                        for tail in expand_braces(glob[k + 1:])]
+    return [glob]
+
+
+# ------------------------------------------------------------------ dataclasses <-> plain data
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _build(kind: Any, value: Any, path: str) -> Any:
+    """`value` (plain data) as `kind`. Raises RecipeError with the path of what does not fit."""
+    where = path or "recipe"
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_dataclass(kind, value, path)
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        return _build(next(a for a in typing.get_args(kind) if a is not type(None)), value, path)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"{where}: a list is wanted, not {value!r}")
+        return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{k}]") for k, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise RecipeError(f"{where}: {kind.__name__} is wanted, not {value!r}")
+    return value
+
+
+def _build_dataclass(kind: type, value: Any, path: str) -> Any:
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path or 'recipe'}: a mapping is wanted, not {value!r}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
+            raise RecipeError(f"{path + '.' if path else ''}{key}: there is no such key; {remedy}")
+    missing = [f.name for f in dataclasses.fields(kind)
+               if f.name not in value and f.default is dataclasses.MISSING]
+    if missing:
+        raise RecipeError(f"{path + '.' if path else ''}{missing[0]}: missing; add it")
+    return kind(**{k: _build(hints[k], v, f"{path}.{k}" if path else k) for k, v in value.items()})

@@ -1,0 +1,24 @@
+"""What a target file states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Target:
+    """Facts that the planner obeys.
+
+    `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers;
+    `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
+    `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
+    `slow_fusions` names fusions of the runtime that are slower than what they replace.
+    """
+
+    name: str
+    provider: str
+    format: str
+    lowerings: dict[tuple[str, str], str] = field(default_factory=dict)
+    small: int = 1
+    pairs_with_q: frozenset[str] = frozenset()
+    slow_fusions: frozenset[str] = frozenset()
