@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,9 +73,9 @@ class Mapped(Column):
         shape = self.shape or (1,)
         if not math.prod(shape):  # nothing to map
             return _cut(np.empty(shape, self.dtype))
+        order: Literal["C", "F"] = "F" if self.fortran else "C"
         with readable(self.where):
-            order = "F" if self.fortran else "C"
-            return _cut(np.memmap(self.path, self.dtype, "r", self.offset, shape, order))  # type: ignore[call-overload]
+            return _cut(np.memmap(self.path, self.dtype, "r", self.offset, shape, order))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Compressed(Column):
         """The next bytes of `stream` as a C-ordered array of this shape."""
         block = np.empty(shape, self.dtype)
         with readable(self.where):
-            free = memoryview(block.reshape(-1).view(np.uint8))
+            free = block.reshape(-1).view(np.uint8).data
             while free:
                 piece = stream.read(min(len(free), _CHUNK))
                 if not piece:
@@ -136,7 +136,7 @@ class Random(Column):
                 return np.ones(shape, self.dtype)
             if self.dtype.kind == "f":
                 return generator.standard_normal(shape).astype(self.dtype)
-            # Drawn wide: the narrow types share one draw among several values, which would make them depend on the batch.
+            # Drawn wide: narrow types share a draw among several values, so that the batch would change them.
             return generator.integers(0, 2, shape, np.int64).astype(self.dtype)
 
         return read

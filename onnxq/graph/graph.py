@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -22,8 +22,8 @@ from onnxq.graph import tensors
 from onnxq.graph.tensors import Array, dtype_of, is_constant, shape_of
 from onnxq.ports import Port
 
-Node = gs.Node
-Tensor = gs.Tensor
+Node: TypeAlias = Any  # gs.Node and gs.Tensor: the library ships no types
+Tensor: TypeAlias = Any
 
 CONTRIB = "com.microsoft"
 
@@ -41,6 +41,8 @@ class Graph:
         self.annotations = list(annotations)
         self.parent = parent
         self._names = {name for g in self._with_subgraphs(ir) for name in self._local_names(g)}
+        self._node_names = {n.name for n in ir.nodes}
+        self._made: dict[str, Tensor] = {}  # tensors that passes made, by name
 
     # ------------------------------------------------------------------ looking
 
@@ -81,13 +83,6 @@ class Graph:
             yield node, self
         for _, body in self.subgraphs():
             yield from body.walk()
-
-    def tensor(self, name: str) -> Tensor:
-        """The tensor of that name in this graph. Raises KeyError."""
-        for candidate in self._tensors():
-            if candidate.name == name:
-                return candidate
-        raise KeyError(name)
 
     def read(self, tensor: Tensor) -> Array:
         """Values of a constant; mapped from disk where they are external, never cached."""
@@ -137,22 +132,30 @@ class Graph:
     def constant(self, name: str, values: Array) -> Tensor:
         """A new stored tensor. Raises GraphError when the name is taken."""
         self._claim(name)
-        return gs.Constant(name, np.ascontiguousarray(values))
+        self._made[name] = gs.Constant(name, np.asarray(values, order="C"))  # ascontiguousarray makes rank 0 rank 1
+        return self._made[name]
 
     def shared_constant(self, name: str, values: Array) -> Tensor:
         """The constant of that name if it exists with the same values, else a new one."""
-        if name in self._names:
-            known = self.tensor(name)
-            old = self.read(known)
-            if old.dtype == values.dtype and np.array_equal(old, values):
-                return known
+        known = self._made.get(name)
+        if known is not None and np.array_equal(self.read(known), values):
+            return known
         return self.constant(name, values)
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name exists."""
+        return name in self._names
+
+    def made(self, name: str) -> Tensor:
+        """A tensor that a pass made, by its name. Raises KeyError."""
+        return self._made[name]
 
     def variable(self, name: str, dtype: Any = None, shape: Sequence[int | str | None] | None = None) -> Tensor:
         """A new computed tensor. Raises GraphError when the name is taken."""
         self._claim(name)
-        return gs.Variable(name, dtype=np.dtype(dtype) if dtype is not None else None,
-                           shape=list(shape) if shape is not None else None)
+        self._made[name] = gs.Variable(name, dtype=np.dtype(dtype) if dtype is not None else None,
+                                       shape=list(shape) if shape is not None else None)
+        return self._made[name]
 
     def like(self, tensor: Tensor, name: str, dtype: Any = None) -> Tensor:
         """A new computed tensor with the shape of another."""
@@ -161,11 +164,12 @@ class Graph:
     def add_node(self, op: str, name: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor],
                  attrs: dict[str, Any] | None = None, domain: str | None = None) -> Node:
         """Append a node; `sort` puts it in its place. None stands for an omitted optional input."""
-        if any(n.name == name for n in self.ir.nodes):
+        if name in self._node_names:
             raise GraphError(f"a node named {name!r} exists already; this is a bug in onnxq, please report it")
         node = gs.Node(op, name, dict(attrs or {}), [t if t is not None else gs.Variable.empty() for t in inputs],
                        list(outputs), domain)
         self.ir.nodes.append(node)
+        self._node_names.add(name)
         return node
 
     def remove(self, node: Node) -> None:
@@ -174,6 +178,7 @@ class Graph:
         node.outputs.clear()
         index = next(i for i, n in enumerate(self.ir.nodes) if n is node)
         del self.ir.nodes[index]
+        self._node_names.discard(node.name)
         self.extras.pop(node.name, None)
 
     @staticmethod
@@ -266,7 +271,9 @@ class Graph:
 
     def copy(self) -> Graph:
         """An independent graph that shares the weights' storage."""
-        return Graph(self.ir.copy(), self.folder, dict(self.metadata), dict(self.extras), self.annotations)
+        twin = Graph(self.ir.copy(), self.folder, dict(self.metadata), dict(self.extras), self.annotations)
+        twin._made = {t.name: t for t in twin._tensors() if t.name in self._made}
+        return twin
 
     def check(self) -> list[str]:
         """Structural faults: a tensor read before it is made, made twice, or a node name used twice."""

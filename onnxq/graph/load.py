@@ -78,7 +78,7 @@ def stored_bytes(path: str | Path) -> int:
     model = onnx.load(str(path), load_external_data=False)
     names = {e.value for g in _graphs(model.graph) for t in g.initializer for e in t.external_data
              if e.key == "location"}
-    return path.stat().st_size + sum((path.parent / n).stat().st_size for n in names)
+    return int(path.stat().st_size) + sum((path.parent / n).stat().st_size for n in names)
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -46,7 +47,7 @@ def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = No
 
 def to_proto(graph: Graph) -> onnx.ModelProto:
     """The model with what the graph library drops put back; weights as the library exports them."""
-    model = gs.export_onnx(graph.ir)
+    model: onnx.ModelProto = gs.export_onnx(graph.ir)
     for node in model.graph.node:
         extra = graph.extras.get(node.name)
         if extra is None:
@@ -87,7 +88,7 @@ def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], gra
         if tensor is None or nbytes(tensor) < EXTERNAL_SMALLEST:
             continue
         offset = -(-offset // _ALIGN) * _ALIGN
-        values = memoryview(read(tensor, graph.folder).reshape(-1)).cast("B")
+        values = memoryview(read(tensor, graph.folder).reshape(-1).view(np.uint8))
         stream.seek(offset)  # type: ignore[attr-defined]
         for start in range(0, len(values), _CHUNK):
             stream.write(values[start:start + _CHUNK])  # type: ignore[attr-defined]

@@ -6,12 +6,13 @@ time for comparing with one that was taken in another call.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -81,19 +82,17 @@ def compare_models(
     """Time two models on the same feeds, as `compare` does; milliseconds are per feed.
 
     A block goes through the feeds in order, in whole cycles, so that each feed counts alike in every block (an input's
-    length or its padding changes the time). At least 3 cycles make a block, and more where the feeds are fewer than 2.
+    length or its padding changes the time). A block is at least 3 cycles, and at least 6 runs.
 
-    Raises DataError for no feeds or feeds that don't fit a model, ModelError when a run fails, and what `compare` raises.
+    Raises DataError for no feeds or feeds that don't fit a model, ModelError when a run fails, and UsageError as
+    `compare` does.
     """
     if not feeds:
         raise DataError("there are no feeds to time the models on; give at least one")
     count = len(feeds)
-    timing = _compare(
-        _cycle(a, feeds), _cycle(b, feeds), block_seconds, rounds, max(3, -(-_LEAST_RUNS // count)), progress
-    )
-    return Timing(
-        timing.a_ms / count, timing.b_ms / count, timing.ratio, timing.ratio_low, timing.ratio_high, timing.rounds
-    )
+    least_cycles = max(3, math.ceil(_LEAST_RUNS / count))
+    timing = _compare(_cycle(a, feeds), _cycle(b, feeds), block_seconds, rounds, least_cycles, progress)
+    return replace(timing, a_ms=timing.a_ms / count, b_ms=timing.b_ms / count)
 
 
 def time(a: Callable[[], None], *, block_seconds: float = 0.5, rounds: int = 5) -> float:

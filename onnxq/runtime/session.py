@@ -1,7 +1,7 @@
 """A model in onnxruntime that either runs where it was told to, or says why it can't.
 
-onnxruntime itself falls back to the CPU with no more than a log line when a provider's libraries are missing, prints its
-errors besides raising them, and names a wrong input only after the run has begun. `Session` turns all of this into
+onnxruntime itself falls back to the CPU with no more than a log line when a provider's libraries are missing, prints
+its errors besides raising them, and names a wrong input only after the run has begun. `Session` turns all of this into
 onnxq's errors and prints nothing.
 """
 
@@ -100,7 +100,7 @@ class Session:
     def __init__(
         self,
         model: str | os.PathLike[str] | bytes,
-        options: SessionOptions = SessionOptions(),  # noqa: B008 - frozen, so one shared default is safe
+        options: SessionOptions = SessionOptions(),
         *,
         profile_prefix: str | None = None,
         optimized_path: str | None = None,
@@ -180,8 +180,8 @@ class Session:
             arrays: list[Any] = self._session.run(names, feed)
         except Exception as error:
             raise ModelError(
-                f"onnxruntime failed in a run of {self.label}: {_first_line(error)}; check that the sizes of the inputs "
-                "agree with one another and with the model"
+                f"onnxruntime failed in a run of {self.label}: {_first_line(error)}; check that the sizes of the "
+                "inputs agree with one another and with the model"
             ) from error
         return arrays
 

@@ -1,0 +1,18 @@
+"""Rewrites that leave the outputs as they are within float rounding and give every exporter's graph one form."""
+
+from __future__ import annotations
+
+from onnxq.passes.canonicalize.add_to_conv_bias import AddToConvBias
+from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
+from onnxq.passes.canonicalize.fold_constants import FoldConstants
+from onnxq.passes.canonicalize.normal_gemm import NormalGemm
+from onnxq.passes.canonicalize.remove_identity import RemoveIdentity
+from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
+from onnxq.passes.canonicalize.sum_to_add import SumToAdd
+from onnxq.passes.manager import Pass
+
+
+def canonicalize() -> list[Pass]:
+    """The passes in the order that needs one round."""
+    return [RemoveIdentity(), FoldConstants(), FoldBatchNorm(), AddToConvBias(), SumToAdd(), NormalGemm(),
+            ShareDuplicates()]

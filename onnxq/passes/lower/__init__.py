@@ -1,0 +1,18 @@
+"""From QDQ to the operators of onnxruntime's integer kernels."""
+
+from __future__ import annotations
+
+from onnxq.passes.lower.dynamic_matmul import LowerDynamicMatMul
+from onnxq.passes.lower.fence_float import FenceFloat
+from onnxq.passes.lower.qlinear_conv import LowerConv
+from onnxq.passes.lower.qlinear_linear import LowerLinear
+from onnxq.passes.lower.qlinear_others import LowerJoining
+from onnxq.passes.lower.shed_dequantize import ShedDequantize
+from onnxq.passes.manager import Pass
+
+
+def lower(output_format: str) -> list[Pass]:
+    """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
+    if output_format == "qdq":
+        return [FenceFloat()]
+    return [LowerConv(), LowerLinear(), LowerJoining(), LowerDynamicMatMul(), ShedDequantize(), FenceFloat()]

@@ -1,0 +1,14 @@
+"""From the Plan's scales to QuantizeLinear/DequantizeLinear pairs: the portable form and the reference of the rest."""
+
+from __future__ import annotations
+
+from onnxq.passes.manager import Pass
+from onnxq.passes.quantize.activations import QuantizeActivations
+from onnxq.passes.quantize.biases import QuantizeBiases
+from onnxq.passes.quantize.dynamic import QuantizeDynamic
+from onnxq.passes.quantize.weights import QuantizeWeights
+
+
+def quantize() -> list[Pass]:
+    """The passes in their order: a bias needs the activation's name from before its DequantizeLinear."""
+    return [QuantizeDynamic(), QuantizeBiases(), QuantizeWeights(), QuantizeActivations()]

@@ -1,0 +1,72 @@
+"""op(constants) -> constant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from onnxq.graph import Graph, Node, is_constant, shape_of
+from onnxq.passes.manager import Context, Pass
+
+# random or stateful, or a deliberate quantization that must stay visible
+_NEVER = frozenset({
+    "Bernoulli", "DequantizeLinear", "Multinomial", "QuantizeLinear", "RandomNormal", "RandomNormalLike",
+    "RandomUniform", "RandomUniformLike",
+})
+
+
+@dataclass(frozen=True)
+class FoldConstants(Pass):
+    """Compute nodes whose inputs are all stored, where the result stays below `max_bytes`.
+
+    Also Shape of a tensor with fixed dimensions. Values come from onnx's reference implementation.
+    """
+
+    name: ClassVar[str] = "fold-constants"
+    max_bytes: int = 64 << 20
+
+    def run(self, graph: Graph, context: Context) -> bool:
+        """Nodes are visited in execution order, so chains fold in one run."""
+        changed = super().run(graph, context)
+        return graph.prune() or changed
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Replace the node's outputs by constants."""
+        if node.domain or node.op in _NEVER or any(graph.is_output(t) for t in node.outputs):
+            return False
+        if any(hasattr(v, "nodes") for v in node.attrs.values()):
+            return False
+        if node.op == "Shape" and not node.attrs:
+            dims = shape_of(node.inputs[0])
+            if dims is None or not all(isinstance(d, int) for d in dims):
+                return False
+            values = [np.asarray(dims, np.int64)]
+        elif not all(is_constant(t) or not t.name for t in node.inputs):
+            return False
+        else:
+            if self._too_large(node, graph):
+                return context.skip(node, f"its result is larger than {self.max_bytes} bytes")
+            try:
+                values = list(graph.evaluate(node))
+            except Exception as e:
+                return context.skip(node, f"the reference implementation can't run it: {e}")
+        if sum(v.nbytes for v in values) > self.max_bytes:
+            return context.skip(node, f"its result is larger than {self.max_bytes} bytes")
+        for tensor, value in zip(list(node.outputs), values, strict=True):
+            if tensor.name:
+                graph.redirect(tensor, graph.constant(f"{tensor.name}.folded", value))
+        graph.remove(node)
+        return True
+
+    def _too_large(self, node: Node, graph: Graph) -> bool:
+        """Known before computing: the output's declared shape, or the asked-for shape of a filler."""
+        dims = shape_of(node.outputs[0])
+        if node.op in ("ConstantOfShape", "Expand", "Tile") and len(node.inputs):
+            asked = np.asarray(graph.read(node.inputs[-1])).reshape(-1)
+            if node.op == "ConstantOfShape":
+                dims = tuple(int(d) for d in asked)
+        if dims is None or not all(isinstance(d, int) for d in dims):
+            return False
+        return int(np.prod([int(d or 0) for d in dims], dtype=np.int64)) * 4 > self.max_bytes

@@ -1,0 +1,30 @@
+"""Identity(x) -> x; Dropout in inference -> x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxq.graph import Graph, Node
+from onnxq.passes.manager import Context, Pass
+
+
+@dataclass(frozen=True)
+class RemoveIdentity(Pass):
+    """Drop Identity, and Dropout whose mask nobody reads and which does not train (ONNX Dropout-13)."""
+
+    name: ClassVar[str] = "remove-identity"
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Let the node's readers take its input."""
+        if node.op not in ("Identity", "Dropout") or node.domain:
+            return False
+        if node.op == "Dropout":
+            mask = node.outputs[1] if len(node.outputs) > 1 else None
+            if mask is not None and mask.name and (len(mask.outputs) or graph.is_output(mask)):
+                return context.skip(node, "its mask is read")
+            if len(node.inputs) > 2 and node.inputs[2].name and graph.scalar(node.inputs[2]) != 0:
+                return context.skip(node, "it may train")
+        before = len(graph.nodes)
+        graph.bypass(node)
+        return len(graph.nodes) < before or context.skip(node, "it joins a graph input or weight to an output")

@@ -1,0 +1,104 @@
+"""Passes and the manager that runs them.
+
+A pass is a frozen dataclass whose fields are its options. It returns whether it edited the graph; a second run edits
+nothing. What it looked at and left alone, it reports with `context.skip(node, reason)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from onnxq.errors import PassError
+from onnxq.graph import Graph, Node
+from onnxq.plan import Plan
+from onnxq.targets import Target
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A near miss: the pass that looked, the node it left alone, and why."""
+
+    pass_name: str
+    node: str
+    reason: str
+
+
+@dataclass
+class Context:
+    """What passes read (plan, target) and where they leave their near misses."""
+
+    target: Target | None = None
+    plan: Plan = field(default_factory=lambda: Plan("", ""))
+    skips: list[Skip] = field(default_factory=list)
+    current: str = ""
+
+    @property
+    def absorbed(self) -> set[str]:
+        """Names of nodes that another node's kernel computes."""
+        return {n.node for n in self.plan.nodes.values() if n.part_of is not None}
+
+    def skip(self, node: Node, reason: str) -> bool:
+        """Record a near miss; returns False so that a visit can `return context.skip(...)`."""
+        self.skips.append(Skip(self.current, node.name, reason))
+        return False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A graph rewrite; subclasses give `visit` for one node, or `run` for the whole graph."""
+
+    name: ClassVar[str] = ""
+
+    def run(self, graph: Graph, context: Context) -> bool:
+        """Rewrite the graph; whether anything changed. Bodies of If/Loop are left alone unless a pass says otherwise."""
+        changed = False
+        for node in graph.nodes:
+            if len(node.outputs):  # a node that an earlier visit removed has none
+                changed |= self.visit(node, graph, context)
+        return changed
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Rewrite one node; whether anything changed."""
+        raise TypeError(f"{type(self).__name__} defines neither run nor visit")
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+        return f"{self.name}({options})" if options else self.name
+
+
+Hook = Callable[[Pass, Graph, float], None]
+
+
+@dataclass
+class PassManager:
+    """Runs passes in order, checks the graph after each, and calls the hooks with the pass, the graph and seconds."""
+
+    passes: Sequence[Pass]
+    hooks: Sequence[Hook] = ()
+
+    def run(self, graph: Graph, context: Context) -> bool:
+        """Run all passes once; whether any edited.
+
+        Raises PassError naming the pass after which the graph was invalid, and the passes before it.
+        """
+        changed = False
+        done: list[str] = []
+        for step in self.passes:
+            context.current = step.name
+            start = time.perf_counter()
+            edited = step.run(graph, context)
+            if edited:
+                graph.sort()
+            changed |= edited
+            faults = graph.check() if edited else []
+            if faults:
+                raise PassError(f"pass {step.name} left an invalid graph ({faults[0]}) after "
+                                f"{', '.join(done) or 'no other pass'}; please report this with the model")
+            for hook in self.hooks:
+                hook(step, graph, time.perf_counter() - start)
+            done.append(step.name)
+        return changed

@@ -1,0 +1,48 @@
+"""W -> DequantizeLinear(Wq, scale, zero_point)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxq.graph import Graph, Node, Tensor, shape_of
+from onnxq.numerics import affine
+from onnxq.numerics.affine import QuantParams
+from onnxq.passes.manager import Context, Pass
+
+
+def store_weight(graph: Graph, weight: Tensor, params: QuantParams) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, zero_point) as constants `w.q`, `w.scale`, `w.zero_point`; made once for a shared weight."""
+    codes = f"{weight.name}.q"
+    if not graph.has(codes):
+        graph.constant(codes, affine.quantize(graph.read(weight), params))
+        graph.constant(f"{weight.name}.scale", params.scale)
+        graph.constant(f"{weight.name}.zero_point", params.zero_point)
+    return graph.made(codes), graph.made(f"{weight.name}.scale"), graph.made(f"{weight.name}.zero_point")
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """op(x, W) -> op(x, DequantizeLinear(Wq, scale, zero_point, axis)).
+
+    W is float32 [M, C, ...] (Conv, axis 0) or [K, N] (MatMul and Gemm, axis 1); Wq is int8 of the same shape, scale
+    float32 and zero_point int8 are [M] or [N]. A weight that several nodes share is quantized once.
+    Source: ONNX DequantizeLinear-13.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Quantize one node's weight."""
+        verdict = context.plan.node(node.name)
+        if verdict is None or verdict.weight is None or node.inputs[1].name != verdict.weight:
+            return False
+        weight, params = node.inputs[1], context.plan.weights[verdict.weight]
+        name = f"{weight.name}.dq"
+        if not graph.has(name):
+            codes, scale, zero_point = store_weight(graph, weight, params)
+            result = graph.variable(name, "float32", shape_of(weight))
+            attrs = {"axis": params.axis} if params.axis is not None else {}
+            graph.add_node("DequantizeLinear", f"{weight.name}/dequantize", [codes, scale, zero_point], [result], attrs)
+        graph.replace_input(node, 1, graph.made(name))
+        return True

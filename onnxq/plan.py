@@ -1,0 +1,121 @@
+"""The Plan: what happens to every node and why, with the scales that were decided on.
+
+Passes read it and decide nothing. It serialises to `plan.json` and `plan.npz` beside each other; the same Plan on the
+same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from onnxq.errors import UsageError
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.dtypes import by_name
+
+FLOAT = "float"
+GIVEN = "given"  # quantized by whoever made the model
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """The verdict on one node of the canonical graph.
+
+    `scheme` is a scheme's name, `float` or `given`; `lowering` the kernel that shall run it, or `float`.
+    `int_inputs` are the input positions read as codes, `int_output` tells whether the result is stored as codes.
+    `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `weight` the quantized
+    weight; `bias_add` the Add node whose constant becomes the bias; `part_of` the node
+    whose kernel computes this one too (an absorbed Relu, a bias Add).
+    """
+
+    node: str
+    op: str
+    scheme: str
+    lowering: str
+    reason: str
+    int_inputs: tuple[int, ...] = ()
+    int_output: bool = False
+    result: str | None = None
+    weight: str | None = None
+    bias_add: str | None = None
+    part_of: str | None = None
+
+    @property
+    def is_int(self) -> bool:
+        """Whether onnxq makes this node run in integers."""
+        return self.scheme not in (FLOAT, GIVEN)
+
+
+@dataclass
+class Plan:
+    """All verdicts and scales.
+
+    `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel).
+    """
+
+    scheme: str
+    target: str
+    nodes: dict[str, NodePlan] = field(default_factory=dict)
+    activations: dict[str, QuantParams] = field(default_factory=dict)
+    weights: dict[str, QuantParams] = field(default_factory=dict)
+
+    def node(self, name: str) -> NodePlan | None:
+        """The verdict on a node, None for one that came later (Q, DQ and the like)."""
+        return self.nodes.get(name)
+
+    def quantized(self) -> list[NodePlan]:
+        """Nodes with a kernel of their own in integers."""
+        return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
+
+    def digest(self) -> str:
+        """SHA-256 over all decisions, in hexadecimal."""
+        sha = hashlib.sha256(json.dumps(self._verdicts(), sort_keys=True).encode())
+        for key, array in sorted(self._arrays().items()):
+            sha.update(f"{key}{array.dtype}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write plan.json and plan.npz into a folder."""
+        folder = Path(folder)
+        (folder / "plan.json").write_text(json.dumps(self._verdicts(), indent=1) + "\n", encoding="utf-8")
+        np.savez_compressed(folder / "plan.npz", **self._arrays())  # type: ignore[arg-type]
+
+    @staticmethod
+    def load(folder: str | Path) -> Plan:
+        """The Plan of a folder written by `save`. Raises UsageError when there is none."""
+        folder = Path(folder)
+        try:
+            data = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+            with np.load(folder / "plan.npz") as z:
+                arrays = {k: z[k] for k in z.files}
+        except (OSError, ValueError) as e:
+            raise UsageError(f"{folder} holds no plan ({e}); name a folder with plan.json and plan.npz") from None
+        plan = Plan(data["scheme"], data["target"])
+        for item in data["nodes"]:
+            plan.nodes[item["node"]] = NodePlan(**{**item, "int_inputs": tuple(item["int_inputs"])})
+        for kind, table in (("activations", plan.activations), ("weights", plan.weights)):
+            for name, spec in data[kind].items():
+                table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],
+                                          by_name(spec["dtype"]), spec["axis"])
+        return plan
+
+    def _verdicts(self) -> dict[str, object]:
+        def specs(table: dict[str, QuantParams]) -> dict[str, object]:
+            return {k: {"dtype": p.dtype.name, "axis": p.axis} for k, p in table.items()}
+
+        return {"scheme": self.scheme, "target": self.target,
+                "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
+                "activations": specs(self.activations), "weights": specs(self.weights)}
+
+    def _arrays(self) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+        pairs: Iterable[tuple[str, dict[str, QuantParams]]] = (
+            ("activations", self.activations), ("weights", self.weights))
+        return {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))
+                for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}

@@ -1,0 +1,275 @@
+"""Which nodes run in integers and which tensors are stored as codes, before any range is known.
+
+Nodes with weights (Conv, MatMul, Gemm) decide where int8 regions are. Others join where all they read can be codes and
+what they make is read by an int8 node again; so no region ends in an operator that gains nothing from codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.plan import FLOAT, GIVEN, NodePlan
+from onnxq.planner import composites
+from onnxq.planner.chains import Chain, chain, weighted
+from onnxq.planner.rules import verdicts
+from onnxq.recipe import Recipe
+from onnxq.targets import Target
+
+WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
+SAME_SCALE = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+JOINING = SAME_SCALE | {"Add", "AveragePool", "Concat", "GlobalAveragePool"}
+NORMS = frozenset({
+    "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LRN", "LayerNormalization",
+    "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "SkipLayerNormalization",
+})
+QUANT_OPS = frozenset({
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearConcat", "QLinearConv",
+    "QLinearMatMul", "QLinearMul", "QuantizeLinear",
+})
+
+
+@dataclass
+class Outline:
+    """Verdicts without scales. `ranges_of` are the tensors to calibrate; `same_as` maps a tensor to the one whose
+    scale it takes (data movement keeps codes as they are)."""
+
+    nodes: dict[str, NodePlan] = field(default_factory=dict)
+    ranges_of: list[str] = field(default_factory=list)
+    same_as: dict[str, str] = field(default_factory=dict)
+
+
+def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
+    """Decide on every node of the graph, bodies of If/Loop included (they stay float for now)."""
+    return _Outliner(graph, recipe, target).run()
+
+
+class _Outliner:
+    def __init__(self, graph: Graph, recipe: Recipe, target: Target) -> None:
+        self.graph, self.recipe, self.target = graph, recipe, target
+        self.kept = verdicts(graph, recipe)
+        self.labels = composites.find(graph)
+        self.chains: dict[str, Chain] = {}
+        self.reasons: dict[str, str] = {}
+        self.possible: set[str] = set()  # names of tensors that could be stored as codes
+        self.int_nodes: dict[str, Node] = {}
+
+    def run(self) -> Outline:
+        if self.recipe.scheme.is_dynamic:
+            self._weighted_nodes()
+            return self._dynamic()
+        self._weighted_nodes()
+        self._join()
+        self._leave()
+        return self._static()
+
+    # -------------------------------------------------------------- who may
+
+    def _allowed(self, node: Node) -> str | None:
+        """Why a node must stay float whatever its neighbours are; None when it may be quantized."""
+        if node.name in self.kept:
+            return self.kept[node.name]
+        if node.domain in ("com.microsoft", "") and node.op in QUANT_OPS:
+            return "quantized already"
+        if node.domain:
+            return f"operator {node.domain}.{node.op} is not known here"
+        if self.recipe.scheme.is_float:
+            return "the scheme is float"
+        if node.name in self.labels:
+            return f"part of a {self.labels[node.name]}, which stays whole and float"
+        if node.op in NORMS:
+            return "normalisations are always float"
+        if node.op == "Softmax":
+            return "Softmax is always float"
+        if node.op not in self.recipe.scheme.operators:
+            return _no_kernel(node, self.recipe.scheme.name, self.target.name)
+        return None
+
+    def _weighted_nodes(self) -> None:
+        for node in self.graph.nodes:
+            reason = self._allowed(node)
+            if reason is None and node.op in WEIGHTED:
+                reason = weighted(self.graph, node) or self._too_small(node) or self._given_around(node)
+                if reason is None:
+                    self.int_nodes[node.name] = node
+                    self.chains[node.name] = chain(self.graph, node)
+            if reason is not None:
+                self.reasons[node.name] = reason
+
+    def _too_small(self, node: Node) -> str | None:
+        if node.op == "Conv":
+            return None
+        dims = shape_of(node.inputs[1]) or ()
+        for letter, size in zip("KN", dims, strict=False):
+            if int(size or 0) < self.target.small:
+                return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
+        return None
+
+    def _given_around(self, node: Node) -> str | None:
+        around = [self.graph.producer(t) for t in node.inputs]
+        around += self.graph.consumers(node.outputs[0])
+        return "stands between Q/DQ pairs that the model came with" if any(
+            n is not None and n.op in ("QuantizeLinear", "DequantizeLinear") for n in around) else None
+
+    # -------------------------------------------------------------- regions
+
+    def _join(self) -> None:
+        """Forward: a node joins when all the data it reads could be codes."""
+        for node in self.graph.nodes:
+            if node.name in self.int_nodes:
+                self.possible.add(self.chains[node.name].result.name)
+                continue
+            if node.name in self.reasons or node.op not in JOINING:
+                continue
+            data = self._data_inputs(node)
+            if data and all(t.name in self.possible for t in data) and self._fits(node):
+                self.int_nodes[node.name] = node
+                self.chains[node.name] = chain(self.graph, node)
+                if node.op in SAME_SCALE and self.chains[node.name].clamp is not None:
+                    # the codes pass through unchanged, so there is no rounding that could clamp
+                    self.chains[node.name] = Chain(node, None, None, node.outputs[0])
+                self.possible.add(self.chains[node.name].result.name)
+            else:
+                self.reasons[node.name] = "not everything it reads comes from an int8 operator"
+
+    def _leave(self) -> None:
+        """Backward: what joined leaves again unless an int8 node reads its result."""
+        for node in reversed(self.graph.nodes):
+            if node.name not in self.int_nodes or node.op in WEIGHTED:
+                continue
+            result = self.chains[node.name].result
+            if not any(self._reads_codes(user, result) for user in self.graph.consumers(result)):
+                del self.int_nodes[node.name]
+                del self.chains[node.name]
+                self.reasons[node.name] = "its result is read by float operators only"
+
+    def _reads_codes(self, user: Node, tensor: Tensor) -> bool:
+        return user.name in self.int_nodes and any(t is tensor for t in self._data_inputs(user))
+
+    def _data_inputs(self, node: Node) -> list[Tensor]:
+        """Inputs that carry activations (a Reshape's shape and a Conv's weight do not)."""
+        if node.op in ("Add", "Concat"):
+            return list(node.inputs)
+        return list(node.inputs[:1])
+
+    def _fits(self, node: Node) -> bool:
+        """Operator forms that the integer kernels don't take."""
+        if node.op == "Add" and any(is_constant(t) for t in node.inputs):
+            return False
+        if node.op == "MaxPool":
+            return len(node.outputs) == 1 or not len(node.outputs[1].outputs)
+        return all(dtype_of(t) in (None, np.float32) for t in self._data_inputs(node))
+
+    # -------------------------------------------------------------- verdicts
+
+    def _int_result(self, node: Node) -> bool:
+        """Whether a node's result is stored as codes: always for Conv, for linears where only int8 nodes read it."""
+        if node.op not in ("MatMul", "Gemm"):
+            return True
+        link = self.chains[node.name]
+        if self.graph.is_output(link.result) or link.bias_add is not None:
+            return False  # the integer-output MatMul kernel has no bias
+        if node.op == "Gemm" and len(node.inputs) > 2 and ("Gemm", "int") not in self.target.lowerings:
+            return False
+        users = self.graph.consumers(link.result)
+        return bool(users) and all(self._reads_codes(u, link.result) for u in users)
+
+    def _static(self) -> Outline:
+        found = Outline()
+        for node in self.graph.nodes:
+            if node.name in self.int_nodes:
+                self._int_verdict(node, found)
+            elif node.name not in found.nodes:
+                found.nodes[node.name] = self._float_verdict(node)
+        self._bodies(found)
+        return found
+
+    def _int_verdict(self, node: Node, found: Outline) -> None:
+        link = self.chains[node.name]
+        as_int = self._int_result(node)
+        lowering = self.target.lowerings[(node.op, "int" if as_int else "float")]
+        data = self._data_inputs(node)
+        for tensor in data:
+            self._want(found, tensor)
+        if as_int:
+            if node.op in SAME_SCALE:
+                found.same_as[link.result.name] = data[0].name
+            else:
+                self._want(found, link.result)
+        found.nodes[node.name] = NodePlan(
+            node.name, node.op, self.recipe.scheme.name, lowering, _why(node, as_int),
+            int_inputs=tuple(range(len(data))), int_output=as_int,
+            result=(link.result if as_int else link.unclamped).name,
+            weight=node.inputs[1].name if node.op in WEIGHTED else None,
+            bias_add=link.bias_add.name if link.bias_add is not None else None)
+        absorbed = [link.bias_add, link.clamp if as_int else None]
+        for member in absorbed:
+            if member is not None:
+                found.nodes[member.name] = NodePlan(
+                    member.name, member.op, self.recipe.scheme.name, lowering,
+                    f"computed by the kernel of {node.name}", part_of=node.name)
+
+    def _dynamic(self) -> Outline:
+        found = Outline()
+        for node in self.graph.nodes:
+            if node.name in self.int_nodes:
+                add = self.chains[node.name].bias_add
+                found.nodes[node.name] = NodePlan(
+                    node.name, node.op, self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")],
+                    "constant weights; the activation's scale is computed at run time", int_inputs=(0,),
+                    result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name, bias_add=add.name if add is not None else None)
+                if add is not None:
+                    found.nodes[add.name] = NodePlan(
+                        add.name, add.op, self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")],
+                        f"computed by the kernel of {node.name}", part_of=node.name)
+            elif node.name not in found.nodes:
+                found.nodes[node.name] = self._float_verdict(node)
+        self._bodies(found)
+        return found
+
+    def _want(self, found: Outline, tensor: Tensor) -> None:
+        """Note that a tensor needs a range of its own, unless its scale is another's."""
+        if tensor.name not in found.same_as and tensor.name not in found.ranges_of:
+            found.ranges_of.append(tensor.name)
+
+    def _float_verdict(self, node: Node) -> NodePlan:
+        given = node.op in QUANT_OPS and node.domain in ("com.microsoft", "", None)
+        reason = self.reasons.get(node.name) or (
+            "no int8 kernel in front of it can absorb it" if node.op in ("Relu", "Clip") else "its neighbours are float")
+        return NodePlan(node.name, node.op, GIVEN if given else FLOAT, GIVEN if given else FLOAT, reason)
+
+    def _bodies(self, found: Outline) -> None:
+        for owner, body in self.graph.subgraphs():
+            for node, _ in body.walk():
+                reason = f"inside a body of {owner.op} {owner.name}: bodies are not quantized yet"
+                found.nodes[node.name] = NodePlan(node.name, node.op, FLOAT, FLOAT, reason)
+        for name, verdict in list(found.nodes.items()):
+            if verdict.op in ("If", "Loop", "Scan") and verdict.scheme == FLOAT:
+                found.nodes[name] = replace(verdict, reason="control flow is float")
+
+
+def _why(node: Node, as_int: bool) -> str:
+    if node.op in WEIGHTED:
+        return "constant weights" if as_int else "constant weights; its result is wanted in float"
+    return "between int8 operators"
+
+
+_INTEGER_DATA = frozenset({
+    "And", "ArgMax", "ArgMin", "Cast", "Compress", "ConstantOfShape", "Equal", "Gather", "GatherND", "Greater",
+    "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "Not", "OneHot", "Or", "Range", "Shape",
+    "Size", "Where", "Xor",
+})
+
+
+def _no_kernel(node: Node, scheme: str, target: str) -> str:
+    made = dtype_of(node.outputs[0]) if len(node.outputs) else None
+    if node.op in _INTEGER_DATA and made is not None and made != np.float32:
+        return f"works on {made}: there is nothing to quantize"
+    if node.op in ("If", "Loop", "Scan"):
+        return "control flow is float"
+    if node.op == "Gather":
+        return "a look-up: quantizing the table comes with a later version"
+    return f"scheme {scheme} has no int8 kernel for {node.op} on {target}"

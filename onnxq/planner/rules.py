@@ -1,0 +1,57 @@
+"""Which nodes a recipe's rules and globs name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, Node, is_constant
+from onnxq.recipe import FLOAT, Recipe, expand_braces, matches
+
+_SUFFIXES = (".bn", ".kn", ".folded")  # what canonicalizing passes append to a weight's name
+
+
+def names_of(graph: Graph, node: Node) -> list[str]:
+    """Every name by which a user may call a node: its own, its weights', its outputs', its scope path."""
+    names = [node.name, *(t.name for t in node.outputs if t.name)]
+    for tensor in node.inputs:
+        if tensor.name and is_constant(tensor):
+            names += [tensor.name, *_stripped(tensor.name)]
+    scope = graph.scope(node)
+    return [*names, scope] if scope else names
+
+
+def _stripped(name: str) -> Iterator[str]:
+    while name.endswith(_SUFFIXES):
+        name = name[:name.rindex(".")]
+        yield name
+
+
+def verdicts(graph: Graph, recipe: Recipe) -> dict[str, str]:
+    """Node name -> why a rule or `keep_float` leaves it float.
+
+    Raises UsageError when a `keep_float` glob matches nothing, with near matches.
+    """
+    kept: dict[str, str] = {}
+    unmatched = set(recipe.fallback.keep_float)
+    known: list[str] = []
+    for node in graph.nodes:
+        names = names_of(graph, node)
+        known += names
+        for glob in recipe.fallback.keep_float:
+            if matches(glob, names):
+                unmatched.discard(glob)
+                kept.setdefault(node.name, f"kept float as asked ({glob})")
+        for rule in recipe.rules:
+            if (rule.match.op in (None, node.op)) and (rule.match.name is None or matches(rule.match.name, names)):
+                if rule.scheme == FLOAT.name:
+                    kept.setdefault(node.name, rule.reason or "kept float by a rule of the recipe")
+                break
+    if unmatched:
+        glob = sorted(unmatched)[0]
+        bare = expand_braces(glob)[0].strip("*").replace(".", "/")
+        plain = {name.replace(".", "/"): name for name in known}
+        near = [plain[n] for n in difflib.get_close_matches(bare, plain, 3, 0.5)] or sorted(set(known))[:3]
+        raise UsageError(f"--keep-float {glob!r} matches no node; near: {', '.join(near)}")
+    return kept

@@ -1,0 +1,67 @@
+"""From an outline and measured ranges to a Plan with all scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxq.errors import ModelError
+from onnxq.graph import Graph, Node, Tensor
+from onnxq.numerics import affine
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.dtypes import by_name
+from onnxq.plan import NodePlan, Plan
+from onnxq.planner.outline import WEIGHTED, Outline
+from onnxq.recipe import Recipe
+from onnxq.targets import Target
+
+
+def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float]], recipe: Recipe,
+           target: Target) -> Plan:
+    """Decide scales: activations from `ranges` (tensor -> (min, max)), weights from their values, one at a time.
+
+    Raises ModelError when a weight holds NaN or infinities.
+    """
+    plan = Plan(recipe.scheme.name, target.name, dict(found.nodes))
+    spec = recipe.scheme.activations
+    if spec is not None and not spec.dynamic:
+        dtype = by_name(spec.dtype)
+        for name in found.ranges_of:
+            low, high = ranges[name]
+            plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
+        for name, source in found.same_as.items():  # sources come first: nodes are in execution order
+            plan.activations[name] = plan.activations[source]
+    nodes = {n.name: n for n in graph.nodes}
+    for verdict in plan.quantized():
+        if verdict.weight is not None:
+            _weight(nodes[verdict.node], verdict, graph, plan, recipe)
+    return plan
+
+
+def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe) -> None:
+    weight, spec = node.inputs[1], recipe.scheme.weights
+    assert spec is not None
+    if weight.name not in plan.weights:
+        values = np.asarray(graph.read(weight))
+        if not np.isfinite(values).all():
+            raise ModelError(f"the weights {weight.name!r} of {node.name} hold NaN or infinite values; "
+                             "export the model again")
+        axis = (0 if node.op == "Conv" else values.ndim - 1) if spec.granularity == "channel" else None
+        plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
+    bias = _bias(node)
+    if bias is not None and not np.isfinite(graph.read(bias)).all():
+        raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")
+    if bias is not None and node.inputs[0].name in plan.activations:
+        params = plan.weights[weight.name]
+        scale, _ = affine.bias_params(plan.activations[node.inputs[0].name].scale, params.scale,
+                                      np.asarray(graph.read(bias), np.float32))
+        if not np.array_equal(scale, params.scale):  # a shared weight keeps the largest scale that any bias needs
+            plan.weights[weight.name] = QuantParams(np.maximum(scale, params.scale), params.zero_point, params.dtype,
+                                                    params.axis)
+
+
+def _bias(node: Node) -> Tensor | None:
+    if node.op not in WEIGHTED - {"MatMul"} or len(node.inputs) < 3 or not node.inputs[2].name:
+        return None
+    return node.inputs[2]
