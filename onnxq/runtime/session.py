@@ -266,6 +266,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of onnxruntime's message, without the code that it begins with and the full stop at its end."""
+    """The first line of onnxruntime's message, without its code, the place in its source and the full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]).rstrip(". ")
+    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])
+    return re.sub(r"^/\S+\.\w+:\d+ [^)]*\) ", "", message).rstrip(". ")

@@ -1,0 +1,180 @@
+"""What a compilation or verification found, as plain data: the same in Python, report.json, terminal and HTML."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxq.errors import OutputError
+
+
+@dataclass
+class Size:
+    """Bytes of the float and the compiled model with their external data; ratio = compiled / float."""
+
+    float_bytes: int
+    compiled_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        """Compiled over float, below 1 when the file shrank."""
+        return self.compiled_bytes / max(self.float_bytes, 1)
+
+
+@dataclass
+class Latency:
+    """Milliseconds per run, medians over alternating blocks; speedup is the median ratio float / compiled.
+
+    `low` and `high` are the least and greatest ratio of a round; `data` says what was fed.
+    """
+
+    float_ms: float
+    compiled_ms: float
+    speedup: float
+    low: float
+    high: float
+    shapes: dict[str, list[int]]
+    threads: int
+    data: str
+
+
+@dataclass
+class OutputAccuracy:
+    """One output against the float model's: sqnr_db is None when the two are identical."""
+
+    sqnr_db: float | None
+    cosine: float
+    max_abs: float
+
+
+@dataclass
+class Accuracy:
+    """The metric on `data` for both models; `drop` is positive when the compiled model is worse."""
+
+    metric: str
+    float: float | None
+    compiled: float
+    drop: float | None
+    outputs: dict[str, OutputAccuracy]
+    data: str
+    rows: int
+    note: str = ""
+
+
+@dataclass
+class Semantic:
+    """Whether the right graph was written: the compiled graph, unoptimized, against its QDQ twin (dB; None: identical),
+    and whether the runtime computes what it says: optimized against unoptimized."""
+
+    twin_sqnr_db: float | None
+    runtime_sqnr_db: float | None
+    rows: int
+
+
+@dataclass
+class NodeRow:
+    """One node's verdict and what became of it."""
+
+    name: str
+    op: str
+    scheme: str
+    lowering: str
+    ran_as: str
+    provider: str
+    reason: str
+    ms: float | None = None
+
+
+@dataclass
+class LayerRow:
+    """One layer's output, compiled against float, in a run where everything before it was compiled, too."""
+
+    name: str
+    op: str
+    sqnr_db: float | None
+    cosine: float
+    max_abs: float
+
+
+@dataclass
+class Verdict:
+    """ok is False when a check failed; notices are what the user should know all the same."""
+
+    failures: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check held."""
+        return not self.failures
+
+
+@dataclass
+class Stage:
+    """A stage of the compilation and the seconds it took."""
+
+    name: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """Everything that is known of a result. What was not measured is None."""
+
+    model: str
+    output: str | None
+    scheme: str
+    size: Size | None = None
+    latency: Latency | None = None
+    accuracy: Accuracy | None = None
+    semantic: Semantic | None = None
+    nodes: list[NodeRow] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    verdict: Verdict = field(default_factory=Verdict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check held."""
+        return self.verdict.ok
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, JSON's types alone; infinite figures become None."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        data["verdict"]["ok"] = self.ok
+        if self.size is not None:
+            data["size"]["ratio"] = self.size.ratio
+        return data
+
+    def to_json(self) -> str:
+        """The report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def save(self, folder: str | Path) -> None:
+        """Write report.json and report.html into a folder, which is made if needed. Raises OutputError."""
+        from onnxq.report.html import render
+
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").write_text(self.to_json() + "\n", encoding="utf-8")
+            (folder / "report.html").write_text(render(self), encoding="utf-8")
+        except OSError as e:
+            raise OutputError(f"the report can't be written to {folder} ({e.strerror}); choose another --report folder"
+                              ) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
