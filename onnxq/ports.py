@@ -1,4 +1,4 @@
-"""What a model asks for at one graph input: the word that the rooms use between them, so that none needs another's."""
+"""What a model's input or output accepts, in terms that need neither onnx nor onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Port:
-    """One graph input that has to be fed.
+    """One input or output of a model.
 
-    `dtype` is None where NumPy has no such type. `shape` has an int for a fixed dimension, a str for a named one, None
-    for an unnamed one; it is () for a scalar, and None where the model declares no rank.
+    `dtype` is None for what is no tensor (sequence, map, optional) and for tensors without a numpy dtype (bfloat16,
+    float8, int4); string tensors have dtype object. A dimension is an int (fixed), a name or None (free); `shape` is
+    None where the model declares no rank. onnxruntime does not tell a scalar from an unknown rank: both are ().
     """
 
     name: str
     dtype: np.dtype[Any] | None
     shape: tuple[int | str | None, ...] | None
+
+    def __str__(self) -> str:
+        dtype = "no numpy type" if self.dtype is None else dtype_name(self.dtype)
+        return f"{dtype} [{', '.join('?' if size is None else str(size) for size in self.shape or ())}]"
+
+
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """A dtype as users know it: `string` for objects, byte order where it is foreign."""
+    if dtype == np.object_:
+        return "string"
+    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"

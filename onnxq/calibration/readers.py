@@ -277,13 +277,14 @@ def _open_named(spec: str | os.PathLike[str], ports: Sequence[Port], seed: int) 
         return data
     text = os.fspath(spec)
     path = Path(text)
-    if path.is_dir():
+    exists = text != "" and path.exists()  # Path("") is the working directory
+    if exists and path.is_dir():
         return _open_folder(path, ports)
-    if path.suffix.lower() == ".npz" and path.exists():
+    if exists and path.suffix.lower() == ".npz":
         return _Arrays(path.name, [(path.name, npz_columns(path))], ports)
-    if not path.exists() and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", text):
+    if not exists and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", text):
         return _Feeds(text, _find_function(text), ports)
-    missing = "" if path.exists() else ", which is missing"
+    missing = "" if exists else ", which is missing"
     raise DataError(f"DATA is {_KINDS}, not '{text}'{missing}; check the path or write the data with numpy.savez")
 
 

@@ -156,7 +156,7 @@ class Percentile:
             return
         half = self.bins // 2
         merged = np.zeros_like(self._counts)
-        doublings = min(exponent - self._exponent, 63)
+        doublings = exponent - self._exponent
         target = np.arange(-half, half + 1) >> doublings  # floor(k / 2**doublings)
         np.add.at(merged, target + half, self._counts)
         self._counts, self._exponent = merged, exponent

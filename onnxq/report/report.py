@@ -11,6 +11,8 @@ from typing import Any
 
 from onnxq.errors import OutputError
 
+Number = float  # a field named `float` hides the type below it
+
 
 @dataclass
 class Size:
@@ -56,9 +58,9 @@ class Accuracy:
     """The metric on `data` for both models; `drop` is positive when the compiled model is worse."""
 
     metric: str
-    float: float | None
-    compiled: float
-    drop: float | None
+    float: Number | None
+    compiled: Number
+    drop: Number | None
     outputs: dict[str, OutputAccuracy]
     data: str
     rows: int

@@ -85,7 +85,8 @@ def executed(
     `read_nodes(path)` yields the top graph's nodes of a saved model in the file's order; the model's external data
     needn't be read. The temporary folder that it lies in, which takes about the model's size, is removed.
 
-    A node without a name takes the one that onnxruntime makes for it, `<op>_<index>`.
+    A node without a name takes the one that onnxruntime makes for it, `<op>_<index>`, or stays without one when another
+    node has that name.
 
     Raises DataError for no feeds or feeds that don't fit, and what Session raises.
     """
@@ -129,9 +130,7 @@ def match(planned: Sequence[Planned], ran: Sequence[Executed]) -> dict[str, Exec
     }
 
 
-def _recording(
-    model_path: str | os.PathLike[str], options: SessionOptions, folder: str
-) -> tuple[Session, str | None]:
+def _recording(model_path: str | os.PathLike[str], options: SessionOptions, folder: str) -> tuple[Session, str | None]:
     """A session that profiles into `folder`, and the path there of the optimized graph."""
     saved = os.path.join(folder, "optimized.onnx")
     prefix = os.path.join(folder, "profile")
@@ -184,10 +183,12 @@ def _kernels(profile: str) -> tuple[list[_Kernel], list[_Kernel]]:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL_SUFFIX):
             pending.append(event)
         elif event.get("name") == "SequentialExecutor::Execute":
+            start = len(pending)
+            while start and pending[start - 1]["ts"] >= event["ts"]:
+                start -= 1
             nested += last_graph
-            last_graph = []
-            while pending and pending[-1]["ts"] >= event["ts"]:
-                last_graph.insert(0, pending.pop())
+            last_graph = pending[start:]
+            del pending[start:]
         elif event.get("name") == "model_run":
             top += last_graph + pending
             last_graph, pending = [], []
@@ -207,10 +208,20 @@ def _totals(events: Iterable[dict[str, Any]]) -> list[_Kernel]:
 
 def _joined(nodes: list[NodeRow], top: list[_Kernel], nested: list[_Kernel], runs: int) -> list[Executed]:
     by_node = _assigned(nodes, top)
-    rows = [_row(node, by_node.get(position), runs) for position, node in enumerate(nodes)]
+    given = {node[0] for node in nodes}
+    rows: list[Executed] = []
+    for position, (name, op, domain, inputs, outputs) in enumerate(nodes):
+        kernel = by_node.get(position)
+        qualified = op if domain in ("", "ai.onnx") else f"{domain}.{op}"
+        if kernel is None:
+            rows.append(Executed(name, qualified, "", 0.0, inputs, outputs))
+            continue
+        if not name and kernel.name not in given:
+            name = kernel.name
+        rows.append(Executed(name, qualified, kernel.provider, _ms(kernel, runs), inputs, outputs))
     taken = {id(kernel) for kernel in by_node.values()}
     alone = [kernel for kernel in top if id(kernel) not in taken] + nested
-    return rows + [_row((kernel.name, kernel.op, "", (), ()), kernel, runs) for kernel in alone]
+    return rows + [Executed(kernel.name, kernel.op, kernel.provider, _ms(kernel, runs), (), ()) for kernel in alone]
 
 
 def _assigned(nodes: list[NodeRow], top: list[_Kernel]) -> dict[int, _Kernel]:
@@ -218,7 +229,7 @@ def _assigned(nodes: list[NodeRow], top: list[_Kernel]) -> dict[int, _Kernel]:
 
     The profile calls a node without a name `<op>_<index>`, with an index that the saved file doesn't hold. But the file
     lists the nodes in the order in which they run, so within an op the unnamed ones pair off in order. A node that was
-    really named `Conv_4` may meet an unnamed one that is called so; the unnamed one is that whose index is 4.
+    really named `Conv_4` may meet an unnamed one that is called so; the unnamed one is that with index 4.
     """
     same_name: dict[str, list[_Kernel]] = defaultdict(list)
     for kernel in top:
@@ -242,10 +253,5 @@ def _is_generated(kernel: _Kernel) -> bool:
     return kernel.name == f"{kernel.op}_{kernel.index}"
 
 
-def _row(node: NodeRow, kernel: _Kernel | None, runs: int) -> Executed:
-    name, op, domain, inputs, outputs = node
-    qualified = op if domain in ("", "ai.onnx") else f"{domain}.{op}"
-    if kernel is None:
-        return Executed(name, qualified, "", 0.0, inputs, outputs)
-    ms = kernel.microseconds / 1000.0 / runs
-    return Executed(name or kernel.name, qualified, kernel.provider, ms, inputs, outputs)
+def _ms(kernel: _Kernel, runs: int) -> float:
+    return kernel.microseconds / 1000.0 / runs

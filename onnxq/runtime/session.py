@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 
 from onnxq.errors import DataError, ModelError, RuntimeUnavailable, UsageError
+from onnxq.ports import Port, dtype_name
 
 CPU = "CPUExecutionProvider"
 
@@ -67,24 +68,6 @@ class SessionOptions:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise UsageError(f"threads is {self.threads}; give 0 for onnxruntime's default, or a positive number")
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of a model.
-
-    `dtype` is None for what is no tensor (sequence, map, optional) and for tensors without a numpy dtype (bfloat16,
-    float8, int4); string tensors have dtype object. Each dimension of `shape` is a size, a symbol, or None when it has
-    no name. An empty shape is a scalar or a tensor of unknown rank: onnxruntime doesn't tell them apart.
-    """
-
-    name: str
-    dtype: np.dtype[Any] | None
-    shape: tuple[int | str | None, ...]
-
-    def __str__(self) -> str:
-        dtype = "no numpy type" if self.dtype is None else _dtype_name(self.dtype)
-        return f"{dtype} [{', '.join('?' if size is None else str(size) for size in self.shape)}]"
 
 
 class Session:
@@ -252,13 +235,7 @@ def _fitting(port: Port, given: Any) -> np.ndarray[Any, Any]:
     else:
         return array
     shape = ", ".join(str(size) for size in array.shape)
-    raise DataError(f"input '{port.name}' was given {_dtype_name(array.dtype)} [{shape}] but wants {port}; {remedy}")
-
-
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    if dtype == np.object_:
-        return "string"
-    return dtype.name if dtype.isnative else f"byte-swapped {dtype.name}"
+    raise DataError(f"input '{port.name}' was given {dtype_name(array.dtype)} [{shape}] but wants {port}; {remedy}")
 
 
 def _listed(names: Sequence[str]) -> str:

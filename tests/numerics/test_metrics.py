@@ -9,107 +9,15 @@ from hypothesis.extra import numpy as hnp
 
 from onnxq.errors import DataError, UsageError
 from onnxq.numerics import metrics
-from onnxq.numerics.metrics import Budget, Comparison, drop, make_metric, parse_drop
+from onnxq.numerics.metrics import make_metric
 
 no_deadline = settings(deadline=None)
-MODERATE = st.floats(-1e4, 1e4, width=32)
 
 
 def scored(metric, output, labels, **inputs):
     """The metric's result over one batch."""
     metric.update({"y": np.asarray(output)}, None if labels is None else np.asarray(labels), inputs)
     return metric.result()
-
-
-# ---------------------------------------------------------------- comparison
-
-
-def compared(*pairs):
-    comparison = Comparison()
-    for reference, result in pairs:
-        comparison.update(np.asarray(reference), np.asarray(result))
-    return comparison
-
-
-def test_comparison_by_hand():
-    comparison = compared(([3.0, 4.0], [3.0, 3.5]))
-    assert comparison.sqnr_db == pytest.approx(20.0)  # 25 / 0.25 = 100
-    assert comparison.cosine == pytest.approx((9 + 14) / (5 * math.sqrt(9 + 12.25)))
-    assert comparison.max_abs == 0.5
-    assert comparison.count == 2
-
-
-@no_deadline
-@given(st.data())
-def test_comparison_in_batches_equals_numpy_over_everything(data):
-    pairs = []
-    for shape in data.draw(st.lists(hnp.array_shapes(min_side=0, max_side=4), min_size=1, max_size=4)):
-        arrays = hnp.arrays(np.float32, shape, elements=MODERATE)
-        pairs.append((data.draw(arrays), data.draw(arrays)))
-    a, b = (np.concatenate([pair[i].ravel() for pair in pairs]).astype(np.float64) for i in (0, 1))
-    comparison = compared(*pairs)
-    assert comparison.count == a.size
-    assert comparison.max_abs == np.abs(a - b).max(initial=0)
-    if (a == b).all():
-        assert comparison.sqnr_db is None
-        assert comparison.cosine == pytest.approx(1.0)
-    else:
-        signal, noise, energy = np.sum(a**2), np.sum((a - b) ** 2), np.sum(b**2)
-        assert comparison.sqnr_db == pytest.approx(10 * np.log10(signal / noise) if signal else -math.inf)
-        expected = np.sum(a * b) / np.sqrt(signal * energy) if signal and energy else 0.0
-        assert comparison.cosine == pytest.approx(expected, abs=1e-12)
-
-
-def test_comparison_accumulates_in_float64():
-    a = np.full(3_000_000, 1e4, np.float32)  # more than one chunk
-    comparison = compared((a, a + np.float32(1)))
-    assert comparison.sqnr_db == pytest.approx(80.0, abs=1e-9)
-    assert comparison.cosine == pytest.approx(1.0, abs=1e-12)
-
-
-def test_comparison_holds_no_large_arrays():
-    a = np.ones(4_000_000, np.float32)
-    tracemalloc.start()
-    try:
-        compared((a, a))
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 6 * 8 * metrics.CHUNK
-
-
-@pytest.mark.parametrize(
-    "pair",
-    [
-        ([1.0, 2.0], [1.0, np.nan]),
-        ([1.0, np.nan], [1.0, 2.0]),
-        ([1.0, 2.0], [1.0, np.inf]),
-        ([1.0, np.inf], [1.0, -np.inf]),
-        ([1.0, 2.0], [1.0, 2.0, 3.0]),
-        ([1.0, 2.0], [[1.0, 2.0]]),
-    ],
-)
-def test_broken_results_stay_broken(pair):
-    comparison = compared(([1.0], [1.0]), pair, ([1.0], [1.0]))
-    assert comparison.sqnr_db == -math.inf
-    assert comparison.cosine == 0.0
-    assert comparison.max_abs == math.inf
-
-
-def test_equal_infinities_are_equal():
-    comparison = compared(([1.0, -np.inf, np.inf], [1.0, -np.inf, np.inf]))
-    assert comparison.sqnr_db is None
-    assert (comparison.cosine, comparison.max_abs, comparison.count) == (1.0, 0.0, 3)
-
-
-def test_comparison_of_zeros_and_of_nothing():
-    assert (Comparison().sqnr_db, Comparison().cosine, Comparison().max_abs) == (None, 1.0, 0.0)
-    assert (compared(([0.0], [0.0])).sqnr_db, compared(([0.0], [0.0])).cosine) == (None, 1.0)
-    assert (compared(([0.0], [1.0])).sqnr_db, compared(([0.0], [1.0])).cosine) == (-math.inf, 0.0)
-
-
-def test_comparison_of_integers():
-    assert compared((np.array([250, 3], np.uint8), np.array([255, 3], np.uint8))).max_abs == 5.0
 
 
 # ---------------------------------------------------------------- classification
@@ -412,7 +320,7 @@ def test_spearman_refuses_labels_that_change():
         metric.update({"y": np.ones((2, 3))}, np.array([1.0]), {})
 
 
-# ---------------------------------------------------------------- make_metric, drop and budgets
+# ---------------------------------------------------------------- make_metric
 
 
 @pytest.mark.parametrize(
@@ -466,62 +374,3 @@ def test_the_named_output_is_scored(name):
     assert metric.result() == scored(make_metric(name), SCORES[::-1], labels)
     with pytest.raises(UsageError, match="no output 'third' to score; name one of first, second"):
         make_metric(name, "third").update(outputs, labels, {})
-
-
-def test_drop_is_positive_when_worse():
-    assert drop(make_metric("top1"), 0.9, 0.85) == pytest.approx(0.05)
-    assert drop(make_metric("perplexity"), 10.0, 10.5) == pytest.approx(0.5)
-    assert drop(True, 0.9, 0.95) == pytest.approx(-0.05)
-    assert drop(False, 10.0, 9.0) == pytest.approx(-1.0)
-
-
-def test_drop_to_something_undefined_is_infinite():
-    for higher_is_better in (True, False):
-        assert drop(higher_is_better, 0.9, math.nan) == math.inf
-        assert drop(higher_is_better, math.nan, 0.9) == math.inf
-    assert drop(False, 10.0, math.inf) == math.inf
-
-
-@pytest.mark.parametrize(
-    ("text", "float_value", "allowed"),
-    [
-        ("0.5%", 0.9, 0.0045),
-        ("0.5 %", -0.9, 0.0045),
-        ("0.5pt", 0.9, 0.005),
-        (" 0.005 ", 0.9, 0.005),
-        ("1%", 25.28, 0.2528),
-        ("2", 25.28, 2.0),
-        ("0", 0.9, 0.0),
-        ("1e-3", 7.0, 0.001),
-    ],
-)
-def test_allowed_drop(text, float_value, allowed):
-    assert parse_drop(text).allowed(float_value) == pytest.approx(allowed, rel=1e-11)
-
-
-@no_deadline
-@given(st.floats(0, 1e6), st.sampled_from(["%", "pt", ""]))
-def test_budget_reads_back_from_its_text(value, unit):
-    budget = Budget(value, unit)
-    assert parse_drop(str(budget)) == budget
-
-
-@pytest.mark.parametrize("text", ["0.5%", "0.5pt", "0.005", "3"])
-def test_budget_text_is_what_was_written(text):
-    assert str(parse_drop(text)) == text
-
-
-@no_deadline
-@given(st.integers(1, 2000), st.integers(0, 20))
-def test_a_drop_of_exactly_the_budget_is_allowed(hits, lost):
-    """Losing `lost` of 2000 rows is exactly the budget of lost / 20 points, in spite of binary fractions."""
-    lost = min(lost, hits)
-    budget = parse_drop(f"{lost / 20}pt")
-    assert drop(True, hits / 2000, (hits - lost) / 2000) <= budget.allowed(hits / 2000)
-    assert drop(True, hits / 2000, (hits - lost - 1) / 2000) > budget.allowed(hits / 2000)
-
-
-@pytest.mark.parametrize("text", ["", "%", "abc", "-1%", "-0.1", "nan", "inf%", "0.5 percent", "1%%"])
-def test_parse_drop_errors(text):
-    with pytest.raises(UsageError, match=r"write e\.g\. 0\.5% \(relative\), 0\.5pt or 0\.005 \(absolute\)"):
-        parse_drop(text)

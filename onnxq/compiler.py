@@ -1,0 +1,331 @@
+"""compile(): the stages in their order. The only place that knows the order."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onnxq import verification
+from onnxq.calibration import observer
+from onnxq.calibration.readers import Dataset, open_data
+from onnxq.errors import OnnxqError, OutputError, UsageError
+from onnxq.graph import Graph, load, save, stored_bytes
+from onnxq.passes.canonicalize import canonicalize
+from onnxq.passes.lower import lower
+from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.passes.quantize import quantize
+from onnxq.passes.transform import transform
+from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan
+from onnxq.planner.outline import outline
+from onnxq.planner.scales import finish
+from onnxq.progress import Progress, Silent
+from onnxq.recipe import BudgetSpec, Calibration, Fallback, Recipe, read, scheme_names
+from onnxq.recipe import scheme as named_scheme
+from onnxq.report.report import NodeRow, Report, Size, Stage
+from onnxq.runtime.measure import environment
+from onnxq.runtime.session import SessionOptions
+from onnxq.targets import TARGETS, Target
+from onnxq.verification import Goal
+from onnxq.version import VERSION
+
+AUTO = "auto"
+FORMATS = (AUTO, "qdq", "qoperator")
+_REMOVED = "folded"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of compile(), checked: what is to be made of which model, and how."""
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    target: Target
+    options: SessionOptions
+    goal: Goal
+    calib: Any
+    evaluation: Any
+    format: str
+    measure: bool
+    dump: Path | None
+    dump_after: str | None
+
+
+def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
+            samples: int | None = None, batch: int | None = None, metric: str | None = None,
+            max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
+    """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
+
+    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic-tensor without. Raises UsageError and RecipeError.
+    """
+    if recipe is not None and scheme != AUTO:
+        raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+    elif recipe is not None:
+        chosen = read(recipe)
+    else:
+        name = ("w8a8" if calib is not None else "w8a8-dynamic-tensor") if scheme == AUTO else scheme
+        chosen = Recipe(named_scheme(name))
+    calibration = replace(chosen.calibration, **{k: v for k, v in (("samples", samples), ("batch", batch))
+                                                 if v is not None})
+    observer.check(calibration)
+    return replace(chosen, calibration=calibration,
+                   fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
+                   budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
+
+
+def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
+            recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
+            batch: int | None = None, eval: Any = None, metric: str | None = None, max_drop: str | None = None,
+            target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
+            force: bool = False, measure: bool = True, dump: str | Path | None = None, dump_after: str | None = None,
+            progress: Progress | None = None) -> Report:
+    """Compile an ONNX file and return what was measured; the result is written to `output`.
+
+    `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written even when a check
+    fails: look at `Report.ok`. Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
+    """
+    chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, metric=metric,
+                     max_drop=max_drop, keep_float=keep_float)
+    model = Path(model)
+    destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
+    if target not in TARGETS:
+        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
+    request = Request(
+        model, destination, chosen, TARGETS[target], SessionOptions(TARGETS[target].provider, threads),
+        Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
+        TARGETS[target].format if format == AUTO else format, measure,
+        Path(dump) if dump is not None else None, dump_after)
+    _check(request, force)
+    return _Compilation(request, progress or Silent()).run()
+
+
+def _check(request: Request, force: bool) -> None:
+    request.goal.check()
+    chosen = request.recipe.scheme
+    if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
+        raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose a dynamic scheme "
+                         f"({', '.join(n for n in scheme_names() if 'dynamic' in n)})")
+    if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
+        raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
+    if request.output.exists() and request.model.exists() and request.output.samefile(request.model):
+        raise UsageError("the result would replace the model itself; choose another -o")
+    if request.output.exists() and not force:
+        raise OutputError(f"{request.output} exists; give --force to replace it, or another -o")
+    if not request.output.parent.is_dir():
+        raise OutputError(f"the folder {request.output.parent} does not exist; make it, or choose another -o")
+
+
+def _pass_names(output_format: str) -> list[str]:
+    return [p.name for p in (*canonicalize(), *transform(), *quantize(), *lower(output_format))]
+
+
+class _Compilation:
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        self.report = Report(str(request.model), str(request.output), request.recipe.scheme.name,
+                             recipe=request.recipe.to_dict())
+        self.context = Context(request.target)
+        self.dumped = 0
+        self.removed: list[NodeRow] = []
+        self.made: dict[str, tuple[str, ...]] = {}
+
+    def run(self) -> Report:
+        request = self.request
+        with self.stage("load"):
+            graph = load(request.model)
+            calib = open_data(request.calib, graph.ports()) if request.calib is not None else None
+            evaluation = open_data(request.evaluation, graph.ports()) if request.evaluation is not None else None
+        with self.stage("canonicalize"):
+            self._canonicalize(graph)
+        self.context.plan = self._plan(graph, calib)
+        canonical = graph.copy()
+        with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+            compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
+            with self.stage("rewrite"):
+                self._rewrite(graph, twin)
+                self._sign(graph)
+                save(graph, compiled)
+            graph = self._verify(graph, canonical, compiled, twin, calib, evaluation)
+        with self.stage("save"):
+            save(graph, request.output)
+        self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
+        self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
+        self.report.nodes += self.removed
+        return self.report
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.report.stages.append(Stage(name, time.perf_counter() - start))
+
+    # -------------------------------------------------------------- plan
+
+    def _canonicalize(self, graph: Graph) -> None:
+        before = {n.name: n.op for n in graph.nodes}
+        self._passes(canonicalize(), graph)
+        self.made = {n.name: tuple(t.name for t in n.outputs) for n in graph.nodes}
+        self.removed = [NodeRow(name, op, _REMOVED, "", "", "", "folded into its neighbours or into a constant")
+                        for name, op in before.items() if name not in self.made]
+
+    def _plan(self, graph: Graph, calib: Dataset | None) -> Plan:
+        recipe, target = self.request.recipe, self.request.target
+        with self.stage("plan"):
+            found = outline(graph, recipe, target)
+        ranges = {}
+        if found.ranges_of and calib is not None:
+            with self.stage("calibrate"):
+                self.progress.total(_rows(calib, recipe.calibration))
+                ranges = observer.observe(graph, found.ranges_of, calib, recipe.calibration, self.request.options,
+                                          self.progress.step)
+            self._data_notices(calib, "calibration")
+        with self.stage("scales"):
+            plan = finish(found, graph, ranges, recipe, target)
+        if not plan.quantized():
+            self.report.verdict.notices.append("nothing in this model can be quantized under this scheme: left float "
+                                               "(the nodes' reasons are in the report)")
+        given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
+        if given:
+            self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept as they are")
+        if recipe.scheme.is_dynamic:
+            self._dynamic_notice(plan)
+        return plan
+
+    def _dynamic_notice(self, plan: Plan) -> None:
+        convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and n.scheme == FLOAT)
+        left = f", {convs} Conv stay float" if convs else ""
+        hint = "; --calib DATA brings static int8, faster and for Conv, too" if self.request.calib is None else ""
+        self.report.verdict.notices.append(f"scheme {plan.scheme}: linear layers only{left}{hint}")
+
+    def _data_notices(self, data: Dataset, use: str) -> None:
+        if data.random:
+            self.report.verdict.notices.append(f"{use} ran on random data, as asked: figures say nothing about accuracy")
+        self.report.verdict.notices += [f"{use} data: {note}" for note in data.notes]
+
+    # -------------------------------------------------------------- rewrite
+
+    def _rewrite(self, graph: Graph, twin: Path) -> None:
+        if self.context.plan.quantized():
+            self._passes(transform(), graph)
+            self._passes(quantize(), graph)
+            save(graph, twin)
+        self._passes(lower(self.request.format), graph)
+
+    def _passes(self, passes: Sequence[Pass], graph: Graph) -> None:
+        PassManager(passes, [self._dump] if self.request.dump is not None else []).run(graph, self.context)
+
+    def _dump(self, step: Pass, graph: Graph, seconds: float) -> None:
+        folder = self.request.dump
+        assert folder is not None
+        self.dumped += 1
+        if self.request.dump_after in (None, step.name):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise OutputError(f"{folder} can't be made ({e.strerror}); choose another --dump folder") from None
+            save(graph, folder / f"{self.dumped:02d}-{step.name}.onnx")
+
+    def _sign(self, graph: Graph) -> None:
+        graph.metadata.update({
+            "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.request.recipe.to_dict()),
+            "onnxq.plan": self.context.plan.digest()})
+
+    # -------------------------------------------------------------- verify
+
+    def _verify(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, calib: Dataset | None,
+                evaluation: Dataset | None) -> Graph:
+        """Measure, perhaps go back to float, compare; gives the graph to be saved."""
+        request, report = self.request, self.report
+        data = evaluation or calib
+        feeds, source = self._feeds(canonical, data)
+        if feeds and request.measure and self.context.plan.quantized():
+            with self.stage("measure"):
+                report.latency = verification.latency(request.model, compiled, feeds, request.options, source)
+            if verification.slower(report.latency):
+                graph = self._back_to_float(canonical, compiled, feeds, source)
+        if feeds:
+            with self.stage("verify"):
+                report.nodes = verification.what_ran(self.context.plan, compiled, feeds, request.options,
+                                                     report.verdict, self.made)
+                if self.context.plan.quantized():
+                    report.semantic = verification.semantic(compiled, twin, feeds, request.options)
+                    self._judge_semantic()
+        else:
+            report.nodes = [verification.row(n) for n in self.context.plan.nodes.values()]
+        self._accuracy(compiled, data, evaluation)
+        return graph
+
+    def _feeds(self, graph: Graph, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+        """One batch to time and read back on; without data a random one, which is said wherever it is used."""
+        batch = self.request.recipe.calibration.batch
+        if data is not None:
+            return verification.first_feeds(data, batch, 1), data.name
+        try:
+            feeds = verification.first_feeds(open_data("random", graph.ports()), batch, 1)
+            verification.Session(self.request.model, self.request.options).run(feeds[0])
+        except OnnxqError:
+            self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
+                                               "nothing was timed or read back; give --calib or --eval")
+            return [], ""
+        self.report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
+                                           "give --eval DATA")
+        return feeds, "random inputs"
+
+    def _back_to_float(self, canonical: Graph, compiled: Path, feeds: list[dict[str, Any]], source: str) -> Graph:
+        """int8 does not pay on this model and machine: the result is the float graph, with float's own kernels."""
+        found = self.report.latency
+        assert found is not None
+        reason = f"the int8 model took {found.compiled_ms:.3g} ms against {found.float_ms:.3g} in float: nothing pays"
+        self.report.verdict.notices.append(
+            f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({found.compiled_ms:.3g} against "
+            f"{found.float_ms:.3g} ms); --no-measure keeps it all the same")
+        plan = self.context.plan
+        self.context.plan = Plan(plan.scheme, plan.target, {
+            n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int else n for n in plan.nodes.values()})
+        self._sign(canonical)
+        save(canonical, compiled)
+        self.report.latency = verification.latency(self.request.model, compiled, feeds, self.request.options, source)
+        return canonical
+
+    def _judge_semantic(self) -> None:
+        found = self.report.semantic
+        assert found is not None
+        for what, db in (("its QDQ form", found.twin_sqnr_db), ("itself without optimization", found.runtime_sqnr_db)):
+            if db is not None and db < verification.LEAST_SEMANTIC_DB:
+                self.report.verdict.failures.append(
+                    f"the compiled graph and {what} agree to {db:.1f} dB only, below "
+                    f"{verification.LEAST_SEMANTIC_DB:g}: a kernel computes something else; please report this")
+
+    def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
+        request = self.request
+        if data is None:
+            if request.goal.max_drop is not None:
+                raise UsageError("--max-drop needs data to measure on; give --eval DATA")
+            return
+        note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval for a real one"
+        samples = None if evaluation is not None else request.recipe.calibration.samples
+        with self.stage("accuracy"):
+            self.progress.total(data.rows if samples is None else min(samples, data.rows or samples))
+            self.report.accuracy = verification.accuracy(
+                request.model, compiled, data, request.goal, request.options, self.report.verdict,
+                batch=request.recipe.calibration.batch, samples=samples, note=note, progress=self.progress.step)
+        if evaluation is not None:
+            self._data_notices(evaluation, "evaluation")
+
+
+def _rows(data: Dataset, how: Calibration) -> int | None:
+    known = [n for n in (data.rows, how.samples) if n is not None]
+    return min(known) if known else None
+
+

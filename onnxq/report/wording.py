@@ -1,0 +1,154 @@
+"""A report's figures in words, and its nodes in groups: what the terminal and the HTML page share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
+
+INT8, GIVEN, FLOAT, FOLDED = "quantized", "given", "float", "folded"
+KINDS = (INT8, GIVEN, FLOAT, FOLDED)
+_SHARES = re.compile(r"top\d+|topk|f1")  # metrics from 0 to 1 that people read in percent
+
+
+def clean(text: str) -> str:
+    """The text on one line without control characters: names come from files, and an escape code steers a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def size(count: int) -> str:
+    """Bytes in decimal units: '519.3 kB'."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 999.95:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000.0
+    return f"{value:.2f} GB"
+
+
+def size_change(found: Size) -> str:
+    """'3.43x smaller' or '1.02x larger'."""
+    if found.compiled_bytes <= found.float_bytes:
+        return f"{found.float_bytes / max(found.compiled_bytes, 1):.2f}x smaller"
+    return f"{found.ratio:.2f}x larger"
+
+
+def milliseconds(ms: float) -> str:
+    """Three significant digits from 1 to 100 ms, whole milliseconds above, microseconds below."""
+    digits = 3 if ms < 1.0 else 2 if ms < 10.0 else 1 if ms < 100.0 else 0
+    return f"{ms:.{digits}f} ms"
+
+
+def speed(ratio: float, low: float, high: float) -> str:
+    """A ratio of times with its least and greatest round: '2.17x as fast (2.10x to 2.21x)'."""
+    return f"{ratio:.2f}x as fast ({low:.2f}x to {high:.2f}x)"
+
+
+def timed_on(found: Latency) -> str:
+    """What was timed: '32 x 1 x 16 x 16 image, 2 threads, calib.npz'."""
+    shapes = ", ".join(f"{clean(name)} {shape(dims)}" for name, dims in found.shapes.items())
+    return ", ".join(part for part in (shapes, threads(found.threads), clean(found.data)) if part)
+
+
+def shape(dims: Iterable[int]) -> str:
+    """'8x64'; 'scalar' for no dimensions."""
+    return "x".join(str(d) for d in dims) or "scalar"
+
+
+def threads(count: int) -> str:
+    """'2 threads'; 0 stands for the runtime's own choice."""
+    return "default threads" if not count else plural(count, "thread")
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 node', '2 nodes'."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def score(metric: str, value: float | None) -> str:
+    """A metric's value: shares in percent, others to five digits, '-' for none."""
+    if value is None:
+        return "-"
+    return f"{value * 100:.2f} %" if _SHARES.fullmatch(metric) else f"{value:.5g}"
+
+
+def drop(found: Accuracy) -> str:
+    """How much worse: '0.20 points worse', '0.013 better', 'the same', '' when there is nothing to compare."""
+    if found.drop is None:
+        return ""
+    if not math.isfinite(found.drop):
+        return "no number to compare"
+    if found.drop == 0:
+        return "the same"
+    way = "worse" if found.drop > 0 else "better"
+    if _SHARES.fullmatch(found.metric):
+        return f"{abs(found.drop) * 100:.2f} points {way}"
+    return f"{abs(found.drop):.3g} {way}"
+
+
+def decibels(db: float | None) -> str:
+    """'35.2 dB'; None means identical."""
+    return "identical" if db is None else f"{db:.1f} dB"
+
+
+def agreement(found: OutputAccuracy) -> str:
+    """One output against float's."""
+    if found.sqnr_db is None and found.max_abs == 0:
+        return "identical"
+    return f"SQNR {decibels(found.sqnr_db)}, cosine {found.cosine:.6g}, max error {found.max_abs:.3g}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nodes that met the same fate; `kind` is one of KINDS, `text` a line without the kind."""
+
+    kind: str
+    text: str
+    nodes: tuple[NodeRow, ...]
+
+    @property
+    def line(self) -> str:
+        """The group on a line: '36 MatMul -> MatMulIntegerToFloat', 'float: 12 Softmax: Softmax is always float'."""
+        return self.text if self.kind == INT8 else f"{self.kind}: {self.text}"
+
+
+def groups(nodes: Iterable[NodeRow]) -> list[Group]:
+    """Nodes of the same kind, operator, and kernel (quantized ones) or reason (the others), the largest groups first."""
+    keyed = sorted(((_key(node), node) for node in nodes), key=lambda pair: pair[0])
+    found = []
+    for (kind, op, fate), members in groupby(keyed, key=lambda pair: pair[0]):
+        rows = tuple(node for _, node in members)
+        joint = " -> " if kind == INT8 else ": "
+        found.append(Group(kind, f"{len(rows)} {op}{joint if fate else ''}{fate}", rows))
+    return sorted(found, key=lambda g: -len(g.nodes))
+
+
+def kind(node: NodeRow) -> str:
+    """Which of KINDS a node is."""
+    return node.scheme if node.scheme in (GIVEN, FLOAT, FOLDED) else INT8
+
+
+def _key(node: NodeRow) -> tuple[str, str, str]:
+    of_kind = kind(node)
+    if of_kind == INT8:
+        return of_kind, _short(node.op), _kernel(node)
+    # a node that came quantized needs no reason
+    return of_kind, _short(node.op), "" if of_kind == GIVEN else clean(node.reason)
+
+
+def _kernel(node: NodeRow) -> str:
+    ran = _short(node.ran_as)
+    if not node.lowering:  # a model of unknown making: nothing was planned
+        return ran if ran != _short(node.op) else ""
+    if not ran:
+        return f"{clean(node.lowering)} (planned; not seen by itself when it ran)"
+    return ran if ran == node.lowering else f"{ran} (planned {clean(node.lowering)})"
+
+
+def _short(op: str) -> str:
+    """An operator without its domain."""
+    return clean(op.rpartition(".")[2])

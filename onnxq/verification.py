@@ -1,0 +1,197 @@
+"""Is it right, is it fast, did it run as planned: the checks behind `verify` and the end of `compile`."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import plugins
+from onnxq.calibration.readers import Dataset
+from onnxq.errors import UsageError
+from onnxq.graph import read_nodes
+from onnxq.numerics.budget import parse_drop
+from onnxq.numerics.comparison import Comparison
+from onnxq.numerics.metrics import Metric, drop, make_metric
+from onnxq.plan import FLOAT, NodePlan, Plan
+from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Semantic, Verdict
+from onnxq.runtime import compare, measure
+from onnxq.runtime.observe import Executed, Planned, executed, match
+from onnxq.runtime.session import Session, SessionOptions
+
+Feed = Mapping[str, "np.ndarray[Any, Any]"]
+
+# two sessions in one process: the idle one's threads would spin beside the other's work
+_QUIET = (("session.intra_op.allow_spinning", "0"),)
+_INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
+_MOVES_CODES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+LEAST_SEMANTIC_DB = 20.0
+COMPARISONS = ("cosine", "sqnr")  # metrics that need no labels: how far from the float model
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of the accuracy: a metric by name or MODULE:FUNCTION, the drop allowed, the least SQNR in dB."""
+
+    metric: str | None = None
+    max_drop: str | None = None
+    min_sqnr: float | None = None
+
+    def check(self) -> None:
+        """Refuse what can't be asked, before any work. Raises UsageError."""
+        if self.metric is not None and self.metric not in COMPARISONS:
+            make(self.metric)
+        if self.max_drop is not None:
+            parse_drop(self.max_drop)
+            if self.metric == "sqnr":
+                raise UsageError("sqnr has no float value to drop from; ask for onnxq verify --min-sqnr DB instead")
+
+
+def make(name: str) -> Metric:
+    """A fresh metric by name or MODULE:FUNCTION. Raises UsageError."""
+    if not plugins.is_reference(name):
+        return make_metric(name)
+    function = plugins.load(name, UsageError)
+    higher = getattr(function, "higher_is_better", None)
+    if not isinstance(higher, bool):
+        raise UsageError(f"{name} does not say which way is better; set {name.split(':')[1]}.higher_is_better = True "
+                         "or False")
+    return compare.FunctionMetric(function, name, higher)
+
+
+def accuracy(reference: str | Path, compiled: str | Path, data: Dataset, goal: Goal, options: SessionOptions,
+             verdict: Verdict, *, batch: int | None = None, samples: int | None = None, note: str = "",
+             progress: Callable[[int], None] | None = None) -> Accuracy:
+    """Compare the deployed model with the float model over the data; failures go into the verdict."""
+    quiet = SessionOptions(options.provider, options.threads, options.optimize, (*options.config, *_QUIET))
+    named = goal.metric is not None and goal.metric not in COMPARISONS
+    metrics = (make(str(goal.metric)), make(str(goal.metric))) if named else None
+    found = compare.evaluate(Session(reference, SessionOptions(threads=options.threads, config=_QUIET)),
+                             Session(compiled, quiet), data.batches(batch, samples), metrics, data.labels, progress)
+    outputs = {k: OutputAccuracy(c.sqnr_db, c.cosine, c.max_abs) for k, c in found.outputs.items()}
+    worst = min((o.sqnr_db for o in outputs.values() if o.sqnr_db is not None), default=None)
+    if metrics is not None:
+        name, before, after = str(goal.metric), found.float_metric, found.compiled_metric
+        assert before is not None and after is not None
+        lost: float | None = drop(metrics[0], before, after)
+    elif goal.metric == "sqnr":
+        name, before, after, lost = "sqnr", None, worst if worst is not None else float("inf"), None
+    else:
+        name, before, after = "cosine", 1.0, found.mean_cosine
+        lost = drop(True, before, after)
+    result = Accuracy(name, before, after, lost, outputs, data.name, found.rows, note)
+    _judge(result, goal, worst, verdict)
+    return result
+
+
+def _judge(result: Accuracy, goal: Goal, worst: float | None, verdict: Verdict) -> None:
+    if goal.max_drop is not None and result.float is not None and result.drop is not None:
+        budget = parse_drop(goal.max_drop)
+        if result.drop > budget.allowed(result.float):
+            verdict.failures.append(
+                f"{result.metric} went from {result.float:.6g} to {result.compiled:.6g} on {result.data}, "
+                f"a drop of {result.drop:.3g}, above the {budget} allowed")
+    if goal.min_sqnr is not None and worst is not None and worst < goal.min_sqnr:
+        verdict.failures.append(f"the least SQNR of an output is {worst:.1f} dB, below the {goal.min_sqnr:g} dB asked for")
+
+
+def semantic(compiled: str | Path, twin: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> Semantic:
+    """The compiled graph against its QDQ twin, both unoptimized; and against itself optimized (dB, worst output)."""
+    plain = SessionOptions(options.provider, options.threads, optimize=False)
+    against_twin = _worst(Session(twin, plain), Session(compiled, plain), feeds)
+    against_itself = _worst(Session(compiled, plain), Session(compiled, options), feeds)
+    return Semantic(against_twin, against_itself, len(feeds))
+
+
+def _worst(a: Session, b: Session, feeds: Sequence[Feed]) -> float | None:
+    """Least SQNR over float outputs, None when all are identical."""
+    folds = {p.name: Comparison() for p in a.outputs if p.dtype is not None and np.issubdtype(p.dtype, np.floating)}
+    for feed in feeds:
+        x, y = a.run(feed), b.run(feed)
+        for name, fold in folds.items():
+            fold.update(x[name], y[name])
+    return min((f.sqnr_db for f in folds.values() if f.sqnr_db is not None), default=None)
+
+
+def latency(reference: str | Path, compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions, data: str,
+            *, block_seconds: float = 0.3, rounds: int = 5) -> Latency:
+    """Both models as deployed, in alternating blocks, the float model fully optimized, too."""
+    timing = measure.compare_models(Session(reference, SessionOptions(threads=options.threads)),
+                                    Session(compiled, options), list(feeds), block_seconds=block_seconds, rounds=rounds)
+    shapes = {k: list(v.shape) for k, v in feeds[0].items()}
+    return Latency(timing.a_ms, timing.b_ms, timing.ratio, timing.ratio_low, timing.ratio_high, shapes,
+                   options.threads, data)
+
+
+def slower(found: Latency) -> bool:
+    """Slower than float beyond noise: 3 % in the median and slower in every round."""
+    return found.speedup < 0.97 and found.high < 1.0
+
+
+def first_feeds(data: Dataset, batch: int | None, count: int) -> list[dict[str, Any]]:
+    """The first `count` batches, for timing and reading back."""
+    return [b.feed for b in itertools.islice(data.batches(batch), count)]
+
+
+def what_ran(plan: Plan, compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions, verdict: Verdict,
+             outputs: Mapping[str, tuple[str, ...]]) -> list[NodeRow]:
+    """Every planned node with the kernel and provider that really ran it.
+
+    `outputs` gives the tensors that each node made before compilation. A node planned int8 that did not run as an
+    integer kernel on the wanted provider, or one planned float that ran in integers, is a failure.
+    """
+    ran = executed(compiled, feeds, options, read_nodes)
+    wanted = []
+    for node in plan.nodes.values():
+        made = tuple(n for n in (node.result, f"{node.result}.q") if n) if node.is_int else outputs.get(node.node, ())
+        wanted.append(Planned(node.node, made, (f"{node.weight}.q",) if node.weight else ()))
+    found = match(wanted, ran)
+    rows = []
+    for node in plan.nodes.values():
+        kernel = found[node.part_of or node.node]
+        rows.append(row(node, kernel))
+        fault = _fault(node, kernel, options.provider)
+        if fault is not None:
+            verdict.failures.append(fault)
+    return rows
+
+
+def row(node: NodePlan, kernel: Executed | None = None) -> NodeRow:
+    """A node's verdict and, where it was read back, the kernel."""
+    alone = kernel is not None and node.part_of is None
+    return NodeRow(node.node, node.op, node.scheme, node.lowering, kernel.op if kernel else "",
+                   kernel.provider if kernel else "", node.reason, kernel.ms if kernel is not None and alone else None)
+
+
+def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None:
+    if node.is_int and node.part_of is None:
+        if kernel is None:
+            return None if node.op in _MOVES_CODES else f"{node.node}: planned as {node.lowering}, but no kernel ran it"
+        if node.op not in _MOVES_CODES and not is_integer(kernel.op):
+            return f"{node.node}: planned as {node.lowering}, but the runtime ran {kernel.op}"
+        if kernel.provider not in ("", provider):
+            return f"{node.node}: ran on {kernel.provider}, not on {provider}"
+    if node.scheme == FLOAT and kernel is not None and is_integer(kernel.op):
+        return f"{node.node}: planned float, but the runtime ran {kernel.op}"
+    return None
+
+
+def is_integer(op: str) -> bool:
+    """Whether an executed operator computes on codes."""
+    return _INTEGER.match(op.removeprefix("com.microsoft.")) is not None
+
+
+def ran_rows(compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> list[NodeRow]:
+    """What ran in a model of unknown making: one row per executed node."""
+    return [NodeRow(e.name, e.op, "int8" if is_integer(e.op) else FLOAT, "", e.op, e.provider, "", e.ms)
+            for e in executed(compiled, feeds, options, read_nodes)]
+
+
+def counted(rows: Iterable[NodeRow]) -> int:
+    """How many nodes ran in integers."""
+    return sum(1 for r in rows if is_integer(r.ran_as))
