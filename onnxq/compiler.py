@@ -29,7 +29,7 @@ from onnxq.recipe import BudgetSpec, Calibration, Fallback, Recipe, read, scheme
 from onnxq.recipe import scheme as named_scheme
 from onnxq.report.report import NodeRow, Report, Size, Stage
 from onnxq.runtime.measure import environment
-from onnxq.runtime.session import SessionOptions
+from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import TARGETS, Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
@@ -73,8 +73,9 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
     else:
         name = ("w8a8" if calib is not None else "w8a8-dynamic-tensor") if scheme == AUTO else scheme
         chosen = Recipe(named_scheme(name))
-    calibration = replace(chosen.calibration, **{k: v for k, v in (("samples", samples), ("batch", batch))
-                                                 if v is not None})
+    calibration = replace(chosen.calibration,
+                          samples=chosen.calibration.samples if samples is None else samples,
+                          batch=chosen.calibration.batch if batch is None else batch)
     observer.check(calibration)
     return replace(chosen, calibration=calibration,
                    fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
@@ -113,8 +114,8 @@ def _check(request: Request, force: bool) -> None:
     request.goal.check()
     chosen = request.recipe.scheme
     if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
-        raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose a dynamic scheme "
-                         f"({', '.join(n for n in scheme_names() if 'dynamic' in n)})")
+        dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
+        raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
     if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
         raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
     if request.output.exists() and request.model.exists() and request.output.samefile(request.model):
@@ -192,12 +193,12 @@ class _Compilation:
             self._data_notices(calib, "calibration")
         with self.stage("scales"):
             plan = finish(found, graph, ranges, recipe, target)
-        if not plan.quantized():
-            self.report.verdict.notices.append("nothing in this model can be quantized under this scheme: left float "
-                                               "(the nodes' reasons are in the report)")
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
-            self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept as they are")
+            self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept")
+        if not plan.quantized():
+            self.report.verdict.notices.append(f"nothing {'more ' if given else ''}in this model can be quantized "
+                                               "under this scheme; each node's reason is in the report")
         if recipe.scheme.is_dynamic:
             self._dynamic_notice(plan)
         return plan
@@ -210,7 +211,8 @@ class _Compilation:
 
     def _data_notices(self, data: Dataset, use: str) -> None:
         if data.random:
-            self.report.verdict.notices.append(f"{use} ran on random data, as asked: figures say nothing about accuracy")
+            self.report.verdict.notices.append(f"{use} ran on random data, as asked: its figures tell nothing about "
+                                               "accuracy")
         self.report.verdict.notices += [f"{use} data: {note}" for note in data.notes]
 
     # -------------------------------------------------------------- rewrite
@@ -273,7 +275,7 @@ class _Compilation:
             return verification.first_feeds(data, batch, 1), data.name
         try:
             feeds = verification.first_feeds(open_data("random", graph.ports()), batch, 1)
-            verification.Session(self.request.model, self.request.options).run(feeds[0])
+            Session(self.request.model, self.request.options).run(feeds[0])
         except OnnxqError:
             self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
                                                "nothing was timed or read back; give --calib or --eval")
@@ -313,7 +315,7 @@ class _Compilation:
             if request.goal.max_drop is not None:
                 raise UsageError("--max-drop needs data to measure on; give --eval DATA")
             return
-        note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval for a real one"
+        note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval DATA"
         samples = None if evaluation is not None else request.recipe.calibration.samples
         with self.stage("accuracy"):
             self.progress.total(data.rows if samples is None else min(samples, data.rows or samples))

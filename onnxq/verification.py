@@ -77,7 +77,8 @@ def accuracy(reference: str | Path, compiled: str | Path, data: Dataset, goal: G
     worst = min((o.sqnr_db for o in outputs.values() if o.sqnr_db is not None), default=None)
     if metrics is not None:
         name, before, after = str(goal.metric), found.float_metric, found.compiled_metric
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         lost: float | None = drop(metrics[0], before, after)
     elif goal.metric == "sqnr":
         name, before, after, lost = "sqnr", None, worst if worst is not None else float("inf"), None
@@ -97,7 +98,7 @@ def _judge(result: Accuracy, goal: Goal, worst: float | None, verdict: Verdict) 
                 f"{result.metric} went from {result.float:.6g} to {result.compiled:.6g} on {result.data}, "
                 f"a drop of {result.drop:.3g}, above the {budget} allowed")
     if goal.min_sqnr is not None and worst is not None and worst < goal.min_sqnr:
-        verdict.failures.append(f"the least SQNR of an output is {worst:.1f} dB, below the {goal.min_sqnr:g} dB asked for")
+        verdict.failures.append(f"the least SQNR of an output is {worst:.1f} dB, below the {goal.min_sqnr:g} dB wanted")
 
 
 def semantic(compiled: str | Path, twin: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> Semantic:
@@ -176,7 +177,7 @@ def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None
             return f"{node.node}: planned as {node.lowering}, but the runtime ran {kernel.op}"
         if kernel.provider not in ("", provider):
             return f"{node.node}: ran on {kernel.provider}, not on {provider}"
-    if node.scheme == FLOAT and kernel is not None and is_integer(kernel.op):
+    if node.scheme == FLOAT and node.op not in _MOVES_CODES and kernel is not None and is_integer(kernel.op):
         return f"{node.node}: planned float, but the runtime ran {kernel.op}"
     return None
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, GIVEN, NodePlan
-from onnxq.planner import composites
+from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.rules import verdicts
 from onnxq.recipe import Recipe
@@ -24,11 +24,6 @@ JOINING = SAME_SCALE | {"Add", "AveragePool", "Concat", "GlobalAveragePool"}
 NORMS = frozenset({
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LRN", "LayerNormalization",
     "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "SkipLayerNormalization",
-})
-QUANT_OPS = frozenset({
-    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
-    "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearConcat", "QLinearConv",
-    "QLinearMatMul", "QLinearMul", "QuantizeLinear",
 })
 
 
@@ -56,6 +51,7 @@ class _Outliner:
         self.reasons: dict[str, str] = {}
         self.possible: set[str] = set()  # names of tensors that could be stored as codes
         self.int_nodes: dict[str, Node] = {}
+        self.given: dict[str, NodePlan] = {}  # verdicts on what the model's maker quantized
 
     def run(self) -> Outline:
         if self.recipe.scheme.is_dynamic:
@@ -72,10 +68,13 @@ class _Outliner:
         """Why a node must stay float whatever its neighbours are; None when it may be quantized."""
         if node.name in self.kept:
             return self.kept[node.name]
-        if node.domain in ("com.microsoft", "") and node.op in QUANT_OPS:
+        if given.is_quantized(node):
             return "quantized already"
         if node.domain:
             return f"operator {node.domain}.{node.op} is not known here"
+        other = _other_data(node)
+        if other is not None and node.op not in ("If", "Loop", "Scan"):
+            return other
         if self.recipe.scheme.is_float:
             return "the scheme is float"
         if node.name in self.labels:
@@ -90,9 +89,12 @@ class _Outliner:
 
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:
+            if node.op in WEIGHTED | JOINING and not node.domain:
+                found = given.between_pairs(self.graph, node, self._data_inputs(node), self.target)
+                self.given.update((plan.node, plan) for plan in found)
             reason = self._allowed(node)
             if reason is None and node.op in WEIGHTED:
-                reason = weighted(self.graph, node) or self._too_small(node) or self._given_around(node)
+                reason = weighted(self.graph, node) or self._too_small(node)
                 if reason is None:
                     self.int_nodes[node.name] = node
                     self.chains[node.name] = chain(self.graph, node)
@@ -107,12 +109,6 @@ class _Outliner:
             if int(size or 0) < self.target.small:
                 return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
         return None
-
-    def _given_around(self, node: Node) -> str | None:
-        around = [self.graph.producer(t) for t in node.inputs]
-        around += self.graph.consumers(node.outputs[0])
-        return "stands between Q/DQ pairs that the model came with" if any(
-            n is not None and n.op in ("QuantizeLinear", "DequantizeLinear") for n in around) else None
 
     # -------------------------------------------------------------- regions
 
@@ -217,14 +213,15 @@ class _Outliner:
         for node in self.graph.nodes:
             if node.name in self.int_nodes:
                 add = self.chains[node.name].bias_add
+                scheme, lowering = self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")]
                 found.nodes[node.name] = NodePlan(
-                    node.name, node.op, self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")],
+                    node.name, node.op, scheme, lowering,
                     "constant weights; the activation's scale is computed at run time", int_inputs=(0,),
-                    result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name, bias_add=add.name if add is not None else None)
+                    result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name,
+                    bias_add=add.name if add is not None else None)
                 if add is not None:
-                    found.nodes[add.name] = NodePlan(
-                        add.name, add.op, self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")],
-                        f"computed by the kernel of {node.name}", part_of=node.name)
+                    found.nodes[add.name] = NodePlan(add.name, add.op, scheme, lowering,
+                                                     f"computed by the kernel of {node.name}", part_of=node.name)
             elif node.name not in found.nodes:
                 found.nodes[node.name] = self._float_verdict(node)
         self._bodies(found)
@@ -236,10 +233,14 @@ class _Outliner:
             found.ranges_of.append(tensor.name)
 
     def _float_verdict(self, node: Node) -> NodePlan:
-        given = node.op in QUANT_OPS and node.domain in ("com.microsoft", "", None)
+        if node.name in self.given:
+            return self.given[node.name]
+        quantized = given.is_quantized(node)
         reason = self.reasons.get(node.name) or (
-            "no int8 kernel in front of it can absorb it" if node.op in ("Relu", "Clip") else "its neighbours are float")
-        return NodePlan(node.name, node.op, GIVEN if given else FLOAT, GIVEN if given else FLOAT, reason)
+            "no int8 kernel in front of it can absorb it" if node.op in ("Clip", "Relu") else
+            "its neighbours are float")
+        return NodePlan(node.name, node.op, GIVEN if quantized else FLOAT,
+                        GIVEN if quantized else FLOAT, reason)
 
     def _bodies(self, found: Outline) -> None:
         for owner, body in self.graph.subgraphs():
@@ -257,19 +258,17 @@ def _why(node: Node, as_int: bool) -> str:
     return "between int8 operators"
 
 
-_INTEGER_DATA = frozenset({
-    "And", "ArgMax", "ArgMin", "Cast", "Compress", "ConstantOfShape", "Equal", "Gather", "GatherND", "Greater",
-    "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "NonZero", "Not", "OneHot", "Or", "Range", "Shape",
-    "Size", "Where", "Xor",
-})
-
-
 def _no_kernel(node: Node, scheme: str, target: str) -> str:
-    made = dtype_of(node.outputs[0]) if len(node.outputs) else None
-    if node.op in _INTEGER_DATA and made is not None and made != np.float32:
-        return f"works on {made}: there is nothing to quantize"
     if node.op in ("If", "Loop", "Scan"):
         return "control flow is float"
     if node.op == "Gather":
-        return "a look-up: quantizing the table comes with a later version"
+        return "a look-up: its table is not quantized yet"
     return f"scheme {scheme} has no int8 kernel for {node.op} on {target}"
+
+
+def _other_data(node: Node) -> str | None:
+    """Why a node that does not make float32 is left alone; None when it does, or when its type is unknown."""
+    made = {str(dtype_of(t)) for t in node.outputs if t.name and dtype_of(t) is not None}
+    if made and "float32" not in made:
+        return f"makes {', '.join(sorted(made))}: there is nothing to quantize"
+    return None

@@ -43,7 +43,7 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
     weight, spec = node.inputs[1], recipe.scheme.weights
     assert spec is not None
     if weight.name not in plan.weights:
-        values = np.asarray(graph.read(weight))
+        values = np.asarray(graph.read(weight), np.float32)
         if not np.isfinite(values).all():
             raise ModelError(f"the weights {weight.name!r} of {node.name} hold NaN or infinite values; "
                              "export the model again")
@@ -54,8 +54,12 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")
     if bias is not None and node.inputs[0].name in plan.activations:
         params = plan.weights[weight.name]
-        scale, _ = affine.bias_params(plan.activations[node.inputs[0].name].scale, params.scale,
-                                      np.asarray(graph.read(bias), np.float32))
+        try:
+            scale, _ = affine.bias_params(plan.activations[node.inputs[0].name].scale, params.scale,
+                                          np.asarray(graph.read(bias), np.float32))
+        except ValueError:
+            raise ModelError(f"no int32 scale holds the bias of {node.name} beside its tiny activations; "
+                             f"keep it float with --keep-float {node.name!r}") from None
         if not np.array_equal(scale, params.scale):  # a shared weight keeps the largest scale that any bias needs
             plan.weights[weight.name] = QuantParams(np.maximum(scale, params.scale), params.zero_point, params.dtype,
                                                     params.axis)

@@ -71,5 +71,5 @@ class LowerLinear(Pass):
             return graph.constant(f"{node.name}.bias", np.asarray(graph.read(added), np.float32).reshape(-1))
         dequantize = graph.producer(added)
         assert dequantize is not None
-        codes, scale = (np.asarray(graph.read(t)) for t in dequantize.inputs[:2])
-        return graph.constant(f"{node.name}.bias", (codes.astype(np.float32) * scale).reshape(-1))
+        codes, scale = (np.asarray(graph.read(t), np.float32) for t in dequantize.inputs[:2])
+        return graph.constant(f"{node.name}.bias", (codes * scale).reshape(-1))

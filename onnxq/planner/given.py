@@ -1,0 +1,62 @@
+"""Nodes that the model's maker quantized: kept as they are, and lowered where our kernels take their form."""
+
+from __future__ import annotations
+
+from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant
+from onnxq.plan import GIVEN, NodePlan
+from onnxq.planner.chains import chain
+from onnxq.targets import Target
+
+QUANT_OPS = frozenset({
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
+    "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool", "QLinearConcat",
+    "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul", "QLinearSigmoid",
+    "QLinearSoftmax", "QuantizeLinear",
+})
+
+
+def is_quantized(node: Node) -> bool:
+    """Whether the node itself is an operator of a quantized model."""
+    return node.op in QUANT_OPS and node.domain in ("", "com.microsoft", None)
+
+
+def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) -> list[NodePlan]:
+    """Verdicts on a float operator between the model's own DQ and Q, and on a Relu or Clip that its kernel absorbs.
+
+    Empty where not all it reads comes from a DequantizeLinear. A Relu is absorbed only where code 0 stands for 0.
+    """
+    read = data if node.op not in ("Conv", "Gemm", "MatMul") else [*data, node.inputs[1]]
+    makers = [graph.producer(t) for t in read]
+    if not read or any(m is None or m.op != "DequantizeLinear" for m in makers):
+        return []
+    link = chain(graph, node)
+    clamp = link.clamp if link.clamp is not None and link.clamp.op == "Relu" and _starts_at_zero(
+        graph, link.clamp.outputs[0]) else None
+    result = (clamp or node).outputs[0]
+    reader = graph.only_consumer(result)
+    as_int = reader is not None and reader.op == "QuantizeLinear"
+    reason = "quantized already, between the model's own Q and DQ"
+    lowering = target.lowerings.get((node.op, "int" if as_int else "float"), GIVEN)
+    if any(_code_type(graph, graph.producer(t)) != "uint8" for t in data):
+        lowering, reason = GIVEN, f"{reason}; its codes are not uint8, the kernels' type, so it stays as it is"
+    found = [NodePlan(node.name, node.op, GIVEN, lowering, reason,
+                      int_inputs=tuple(range(len(data))), int_output=as_int, result=result.name)]
+    if clamp is not None and as_int:
+        found.append(NodePlan(clamp.name, clamp.op, GIVEN, lowering, f"computed by the kernel of {node.name}",
+                              part_of=node.name))
+    return found
+
+
+def _code_type(graph: Graph, node: Node | None) -> str:
+    """dtype of the codes that a Q makes or a DQ reads, by its zero point; uint8 without one (ONNX's default)."""
+    if node is None or len(node.inputs) < 3 or not node.inputs[2].name:
+        return "uint8"
+    return str(dtype_of(node.inputs[2]))
+
+
+def _starts_at_zero(graph: Graph, tensor: Tensor) -> bool:
+    """Whether the Q behind a tensor has the least uint8 code as its zero point, so that saturation is a Relu."""
+    reader = graph.only_consumer(tensor)
+    if reader is None or reader.op != "QuantizeLinear" or len(reader.inputs) < 3 or not is_constant(reader.inputs[2]):
+        return False
+    return _code_type(graph, reader) == "uint8" and int(graph.read(reader.inputs[2]).max(initial=0)) == 0
