@@ -47,8 +47,15 @@ def python() -> str:
         item = getattr(onnxq, name)
         if not callable(item):
             continue
-        heading = f"## onnxq.{name}" if inspect.isclass(item) else f"## onnxq.{name}{inspect.signature(item)}"
-        parts += [heading.replace("'", ""), inspect.getdoc(item) or ""]
+        parts.append(f"## onnxq.{name}")
+        if not inspect.isclass(item):
+            signature = inspect.signature(item)
+            lines = [f"    {str(p).replace(chr(39), '')}," for p in signature.parameters.values()]
+            first = next(i for i, p in enumerate(signature.parameters.values()) if p.kind is p.KEYWORD_ONLY)
+            lines.insert(first, "    *,")
+            result = str(signature.return_annotation)
+            parts.append("\n".join(["```python", f"onnxq.{name}(", *lines, f") -> {result}", "```"]))
+        parts.append(inspect.getdoc(item) or "")
         if dataclasses.is_dataclass(item):
             parts.append(_fields(item))
     return "\n\n".join(parts)
@@ -92,8 +99,8 @@ def targets() -> str:
         rows = ["| operator | result | kernel |", "|---|---|---|"]
         rows += [f"| {op} | {result} | {kernel} |" for (op, result), kernel in target.lowerings.items()]
         about = inspect.getdoc(importlib.import_module(f"onnxq.targets.{name.replace('-', '_')}")) or ""
-        parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and N "
-                  f"of {target.small} on.", "\n".join(rows)]
+        parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and "
+                  f"N of {target.small} on.", "\n".join(rows)]
     return "\n\n".join(parts)
 
 
