@@ -6,11 +6,8 @@ up: random data come only when asked for by that word. NaN is not looked for her
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
-import re
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxq import plugins
 from onnxq.calibration.layout import (
     LABELS,
     Feed,
@@ -282,8 +280,8 @@ def _open_named(spec: str | os.PathLike[str], ports: Sequence[Port], seed: int) 
         return _open_folder(path, ports)
     if exists and path.suffix.lower() == ".npz":
         return _Arrays(path.name, [(path.name, npz_columns(path))], ports)
-    if not exists and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", text):
-        return _Feeds(text, _find_function(text), ports)
+    if not exists and plugins.is_reference(text):
+        return _Feeds(text, plugins.load(text, DataError), ports)
     missing = "" if exists else ", which is missing"
     raise DataError(f"DATA is {_KINDS}, not '{text}'{missing}; check the path or write the data with numpy.savez")
 
@@ -305,29 +303,6 @@ def _open_folder(path: Path, ports: Sequence[Port]) -> Dataset:
     raise DataError(f"folder {path} has no .npz or .npy files; give a folder that does, or a file")
 
 
-def _find_function(text: str) -> Callable[[], Iterable[Feed]]:
-    """`module:function`, with the working directory in front of the import path while the module is imported."""
-    module, _, function = text.partition(":")
-    here = os.getcwd()
-    importlib.invalidate_caches()  # the module may have been written since the process started
-    sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise DataError(
-            f"module '{module}' of '{text}' can't be imported ({type(error).__name__}: {error}); "
-            "run from the folder that holds it, or install it"
-        ) from error
-    finally:
-        if here in sys.path:  # the module may have taken it out
-            sys.path.remove(here)
-    for part in function.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise DataError(f"module '{module}' has no function '{function}'; define it, to give one dictionary per feed")
-    return found  # type: ignore[no-any-return]
-
-
 def _random_columns(ports: Sequence[Port], seed: int) -> dict[str, Column]:
     """Rows are cut along axis 0 where that is each input's batch axis; else each gets a leading sample axis."""
     for port in ports:
@@ -343,12 +318,17 @@ def _random_columns(ports: Sequence[Port], seed: int) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for number, (port, shape) in enumerate(zip(ports, shapes, strict=True)):
         row = shape[1:] if cut else tuple(1 if axis == 0 and dim is None else dim for axis, dim in enumerate(shape))
-        sizes = (dim if isinstance(dim, int) else 1 if dim in batch_names else _RANDOM_SIZE for dim in row)
+        sizes = (dim if isinstance(dim, int) else 1 if dim in batch_names else _free_size(dim) for dim in row)
         dtype = port.dtype or np.dtype(np.float32)
         columns[port.name] = Random(
             f"random '{port.name}'", dtype, (rows, *sizes), (seed, number), "mask" in port.name.lower()
         )
     return columns
+
+
+def _free_size(dim: str | None) -> int:
+    """A free axis gets a common size; that of a key/value cache is empty, as in the first call of a generation."""
+    return 0 if dim is not None and dim.lower().startswith("past") else _RANDOM_SIZE
 
 
 def _as_array(where: str, value: Any) -> Array:

@@ -44,7 +44,7 @@ def save(request: pytest.FixtureRequest) -> Save:
 
 def test_a_folder_of_npz_concatenates_rows_in_name_order(tmp_path: Path, save: Save) -> None:
     x = floats(21, 3)
-    for name, rows in {"b.npz": slice(5, 6), "a.npz": slice(0, 5), "c.npz": slice(6, 21)}.items():
+    for name, rows in {"b.npz": slice(5, 7), "a.npz": slice(0, 5), "c.npz": slice(7, 21)}.items():
         save(tmp_path / name, x=x[rows], labels=np.arange(21)[rows])
     (tmp_path / "readme.txt").write_text("not data")
     (tmp_path / "._a.npz").write_bytes(b"not data either")
@@ -312,6 +312,9 @@ def test_random_follows_fixed_batches_and_state_axes() -> None:
     stateful = feeds(open_data("random", STATEFUL))
     assert len(stateful) == 16
     assert {name: a.shape for name, a in stateful[0].items()} == {"input": (1, 5), "sr": (), "state": (2, 1, 3)}
+    # Without the scalar, too, axis 0 of the state is no batch axis: the batch's name stands at its axis 1.
+    first = feeds(open_data("random", [STATEFUL[0], STATEFUL[2]]))[0]
+    assert {name: a.shape for name, a in first.items()} == {"input": (1, 5), "state": (2, 1, 3)}
 
 
 @pytest.mark.parametrize("port", [Port("x", F32, None), Port("x", None, ("N",)), Port("x", np.dtype(object), ("N",))])
