@@ -253,7 +253,8 @@ class _Compilation:
         feeds, source = self._feeds(canonical, data)
         if feeds and request.measure and self.context.plan.quantized():
             with self.stage("measure"):
-                report.latency = verification.latency(request.model, compiled, feeds, request.options, source)
+                report.latency = verification.latency(request.model, compiled, feeds, request.options, source,
+                                                      progress=self.progress)
             if verification.slower(report.latency):
                 graph = self._back_to_float(canonical, compiled, feeds, source)
         if feeds:
@@ -297,7 +298,8 @@ class _Compilation:
             n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int else n for n in plan.nodes.values()})
         self._sign(canonical)
         save(canonical, compiled)
-        self.report.latency = verification.latency(self.request.model, compiled, feeds, self.request.options, source)
+        self.report.latency = verification.latency(self.request.model, compiled, feeds, self.request.options, source,
+                                                   progress=self.progress)
         return canonical
 
     def _judge_semantic(self) -> None:

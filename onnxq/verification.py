@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
 from onnxq.plan import FLOAT, NodePlan, Plan
+from onnxq.progress import Progress, Silent
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Semantic, Verdict
 from onnxq.runtime import compare, measure
 from onnxq.runtime.observe import Executed, Planned, executed, match
@@ -29,6 +30,7 @@ Feed = Mapping[str, "np.ndarray[Any, Any]"]
 # two sessions in one process: the idle one's threads would spin beside the other's work
 _QUIET = (("session.intra_op.allow_spinning", "0"),)
 _INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
+_CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 _MOVES_CODES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 LEAST_SEMANTIC_DB = 20.0
 COMPARISONS = ("cosine", "sqnr")  # metrics that need no labels: how far from the float model
@@ -120,10 +122,14 @@ def _worst(a: Session, b: Session, feeds: Sequence[Feed]) -> float | None:
 
 
 def latency(reference: str | Path, compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions, data: str,
-            *, block_seconds: float = 0.3, rounds: int = 5) -> Latency:
+            *, block_seconds: float = 0.3, rounds: int = 5, progress: Progress | None = None) -> Latency:
     """Both models as deployed, in alternating blocks, the float model fully optimized, too."""
+    done = itertools.count(1)
+    bar = progress or Silent()
+    bar.total(rounds)
     timing = measure.compare_models(Session(reference, SessionOptions(threads=options.threads)),
-                                    Session(compiled, options), list(feeds), block_seconds=block_seconds, rounds=rounds)
+                                    Session(compiled, options), list(feeds), block_seconds=block_seconds, rounds=rounds,
+                                    progress=lambda: bar.step(next(done)))
     shapes = {k: list(v.shape) for k, v in feeds[0].items()}
     return Latency(timing.a_ms, timing.b_ms, timing.ratio, timing.ratio_low, timing.ratio_high, shapes,
                    options.threads, data)
@@ -189,10 +195,9 @@ def is_integer(op: str) -> bool:
 
 def ran_rows(compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> list[NodeRow]:
     """What ran in a model of unknown making: one row per executed node."""
-    return [NodeRow(e.name, e.op, "int8" if is_integer(e.op) else FLOAT, "", e.op, e.provider, "", e.ms)
+    def kind(op: str) -> str:
+        return "int8" if is_integer(op) or op in _CONVERSIONS else FLOAT
+
+    return [NodeRow(e.name, e.op, kind(e.op), "", e.op, e.provider, "", e.ms)
             for e in executed(compiled, feeds, options, read_nodes)]
 
-
-def counted(rows: Iterable[NodeRow]) -> int:
-    """How many nodes ran in integers."""
-    return sum(1 for r in rows if is_integer(r.ran_as))

@@ -57,7 +57,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                       "give --data DATA")
     with _stage(report, bar, "measure"):
-        report.latency = verification.latency(*paths, feeds, options, given.name)
+        report.latency = verification.latency(*paths, feeds, options, given.name, progress=bar)
     with _stage(report, bar, "read back"):
         report.nodes = verification.ran_rows(paths[1], feeds, options)
     if verification.slower(report.latency):

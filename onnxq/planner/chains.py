@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +25,20 @@ class Chain:
         return self.result if self.clamp is None else self.clamp.inputs[0]
 
 
-def chain(graph: Graph, node: Node) -> Chain:
-    """Follow a node's result through a bias Add (MatMul alone) and one Relu or Clip, each its only reader."""
+def chain(graph: Graph, node: Node, barred: Collection[str] = ()) -> Chain:
+    """Follow a node's result through a bias Add (MatMul alone) and one Relu or Clip, each its only reader.
+
+    Nodes named in `barred` (inside bodies, or kept float) are never taken in.
+    """
     result = node.outputs[0]
     bias_add = _bias_add(graph, node) if node.op == "MatMul" else None
+    if bias_add is not None and bias_add.name in barred:
+        return Chain(node, None, None, result)
     if bias_add is not None:
         result = bias_add.outputs[0]
     clamp = graph.only_consumer(result)
+    if clamp is not None and clamp.name in barred:
+        clamp = None
     bounds = clip_bounds(graph, clamp) if clamp is not None and not clamp.domain else None
     if clamp is None or bounds is None or not bounds[0] <= 0 <= bounds[1]:  # codes always reach 0
         return Chain(node, bias_add, None, result)
@@ -46,7 +54,8 @@ def _bias_add(graph: Graph, node: Node) -> Node | None:
     if not is_constant(added) or not is_constant(weight) or dtype_of(added) != np.float32:
         return None
     dims, columns = shape_of(added) or (), (shape_of(weight) or (None,))[-1]
-    alone = len(dims) >= 1 and dims[-1] == columns and all(d == 1 for d in dims[:-1])
+    rank = len(shape_of(node.inputs[0]) or (1,))  # of the product; more dimensions would raise it
+    alone = 1 <= len(dims) <= rank and dims[-1] == columns and all(d == 1 for d in dims[:-1])
     return add if alone else None
 
 
@@ -70,6 +79,9 @@ def clip_bounds(graph: Graph, node: Node) -> tuple[float, float] | None:
 def weighted(graph: Graph, node: Node) -> str | None:
     """Why a Conv, MatMul or Gemm can't take int8 weights; None when it can."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
+    maker = graph.producer(weight) if weight is not None else None
+    if maker is not None and maker.op == "DequantizeLinear":
+        return "its weights came quantized, and what it reads or makes did not"
     if node.op == "MatMul" and (weight is None or not is_constant(weight)):
         if is_constant(node.inputs[0]):
             return "its constant is on the left side, for which there is no int8 kernel here"

@@ -23,11 +23,14 @@ def is_quantized(node: Node) -> bool:
 def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) -> list[NodePlan]:
     """Verdicts on a float operator between the model's own DQ and Q, and on a Relu or Clip that its kernel absorbs.
 
-    Empty where not all it reads comes from a DequantizeLinear. A Relu is absorbed only where code 0 stands for 0.
+    Empty where not all it reads comes from a DequantizeLinear, or no Q follows (a MatMul or Gemm needs none). A
+    Conv or Gemm of float weights is quantized, too: the runtime makes codes of them. A Relu is absorbed only where code 0 stands
+    for 0.
     """
-    read = data if node.op not in ("Conv", "Gemm", "MatMul") else [*data, node.inputs[1]]
-    makers = [graph.producer(t) for t in read]
-    if not read or any(m is None or m.op != "DequantizeLinear" for m in makers):
+    if not data or not all(_from_codes(graph, t) for t in data):
+        return []
+    whole = node.op not in ("Conv", "Gemm", "MatMul") or _from_codes(graph, node.inputs[1])
+    if node.op == "MatMul" and not whole:
         return []
     link = chain(graph, node)
     clamp = link.clamp if link.clamp is not None and link.clamp.op == "Relu" and _starts_at_zero(
@@ -35,8 +38,10 @@ def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) 
     result = (clamp or node).outputs[0]
     reader = graph.only_consumer(result)
     as_int = reader is not None and reader.op == "QuantizeLinear"
+    if not as_int and not (whole and node.op in ("Gemm", "MatMul")):
+        return []
     reason = "quantized already, between the model's own Q and DQ"
-    lowering = target.lowerings.get((node.op, "int" if as_int else "float"), GIVEN)
+    lowering = target.lowerings.get((node.op, "int" if as_int else "float"), GIVEN) if whole else GIVEN
     if any(_code_type(graph, graph.producer(t)) != "uint8" for t in data):
         lowering, reason = GIVEN, f"{reason}; its codes are not uint8, the kernels' type, so it stays as it is"
     found = [NodePlan(node.name, node.op, GIVEN, lowering, reason,
@@ -45,6 +50,11 @@ def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) 
         found.append(NodePlan(clamp.name, clamp.op, GIVEN, lowering, f"computed by the kernel of {node.name}",
                               part_of=node.name))
     return found
+
+
+def _from_codes(graph: Graph, tensor: Tensor) -> bool:
+    maker = graph.producer(tensor)
+    return maker is not None and maker.op == "DequantizeLinear"
 
 
 def _code_type(graph: Graph, node: Node | None) -> str:

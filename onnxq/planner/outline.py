@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.graph import Graph, Node, Tensor, dtype_of, shape_of
 from onnxq.plan import FLOAT, GIVEN, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.rules import verdicts
-from onnxq.recipe import Recipe
+from onnxq.recipe import Recipe, Scheme
 from onnxq.targets import Target
 
 WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
@@ -47,6 +47,7 @@ class _Outliner:
         self.graph, self.recipe, self.target = graph, recipe, target
         self.kept = verdicts(graph, recipe)
         self.labels = composites.find(graph)
+        self.barred = {*self.kept, *(n.name for _, body in graph.subgraphs() for n, _ in body.walk())}
         self.chains: dict[str, Chain] = {}
         self.reasons: dict[str, str] = {}
         self.possible: set[str] = set()  # names of tensors that could be stored as codes
@@ -84,20 +85,21 @@ class _Outliner:
         if node.op == "Softmax":
             return "Softmax is always float"
         if node.op not in self.recipe.scheme.operators:
-            return _no_kernel(node, self.recipe.scheme.name, self.target.name)
+            return _no_kernel(node, self.recipe.scheme, self.target.name)
         return None
 
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:
-            if node.op in WEIGHTED | JOINING and not node.domain:
+            if node.op in WEIGHTED | JOINING | self.target.pairs_with_q and not node.domain:
                 found = given.between_pairs(self.graph, node, self._data_inputs(node), self.target)
                 self.given.update((plan.node, plan) for plan in found)
             reason = self._allowed(node)
             if reason is None and node.op in WEIGHTED:
-                reason = weighted(self.graph, node) or self._too_small(node)
+                link = chain(self.graph, node, self.barred)
+                reason = (weighted(self.graph, node) or self._too_small(node) or self._beside_given(node, link)
+                          or self._name_taken(node, link))
                 if reason is None:
-                    self.int_nodes[node.name] = node
-                    self.chains[node.name] = chain(self.graph, node)
+                    self.int_nodes[node.name], self.chains[node.name] = node, link
             if reason is not None:
                 self.reasons[node.name] = reason
 
@@ -110,6 +112,21 @@ class _Outliner:
                 return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
         return None
 
+    def _beside_given(self, node: Node, link: Chain) -> str | None:
+        """The model's own codes have scales of their own, which a second pair of Q and DQ would round again."""
+        around = [self.graph.producer(node.inputs[0]), *self.graph.consumers(link.result)]
+        beside = any(n is not None and n.op in ("DequantizeLinear", "QuantizeLinear") for n in around)
+        return "beside it are codes that the model came with, which are not quantized twice" if beside else None
+
+    def _name_taken(self, node: Node, link: Chain) -> str | None:
+        """A model that was compiled once holds names such as `x.q`."""
+        tensors = [link.result, *(node.inputs[:2] if node.op in WEIGHTED else self._data_inputs(node))]
+        wanted = [f"{t.name}.{part}" for t in tensors for part in ("q", "scale", "zero_point", "dq", "raw")]
+        wanted += [f"{node.name}.{part}" for part in (
+            "bias", "bias.q", "bias.scale", "bias.dq", "sums", "floats", "factor", "scaled")]
+        taken = next((name for name in wanted if self.graph.has(name)), None)
+        return None if taken is None else f"the model has a tensor {taken!r} already, a name that its codes would take"
+
     # -------------------------------------------------------------- regions
 
     def _join(self) -> None:
@@ -121,15 +138,18 @@ class _Outliner:
             if node.name in self.reasons or node.op not in JOINING:
                 continue
             data = self._data_inputs(node)
-            if data and all(t.name in self.possible for t in data) and self._fits(node):
-                self.int_nodes[node.name] = node
-                self.chains[node.name] = chain(self.graph, node)
-                if node.op in SAME_SCALE and self.chains[node.name].clamp is not None:
-                    # the codes pass through unchanged, so there is no rounding that could clamp
-                    self.chains[node.name] = Chain(node, None, None, node.outputs[0])
-                self.possible.add(self.chains[node.name].result.name)
+            # codes pass through data movement unchanged, so there is no rounding that could clamp
+            link = (Chain(node, None, None, node.outputs[0]) if node.op in SAME_SCALE else
+                    chain(self.graph, node, self.barred))
+            if not data or not all(t.name in self.possible for t in data):
+                reason: str | None = "not everything it reads comes from an int8 operator"
             else:
-                self.reasons[node.name] = "not everything it reads comes from an int8 operator"
+                reason = self._misfit(node) or self._name_taken(node, link)
+            if reason is not None:
+                self.reasons[node.name] = reason
+                continue
+            self.int_nodes[node.name], self.chains[node.name] = node, link
+            self.possible.add(link.result.name)
 
     def _leave(self) -> None:
         """Backward: what joined leaves again unless an int8 node reads its result."""
@@ -147,17 +167,19 @@ class _Outliner:
 
     def _data_inputs(self, node: Node) -> list[Tensor]:
         """Inputs that carry activations (a Reshape's shape and a Conv's weight do not)."""
-        if node.op in ("Add", "Concat"):
+        if node.op in ("Add", "Concat", "Mul"):
             return list(node.inputs)
-        return list(node.inputs[:1])
+        return list(node.inputs[1:] if node.op == "Where" else node.inputs[:1])
 
-    def _fits(self, node: Node) -> bool:
-        """Operator forms that the integer kernels don't take."""
-        if node.op == "Add" and any(is_constant(t) for t in node.inputs):
-            return False
-        if node.op == "MaxPool":
-            return len(node.outputs) == 1 or not len(node.outputs[1].outputs)
-        return all(dtype_of(t) in (None, np.float32) for t in self._data_inputs(node))
+    def _misfit(self, node: Node) -> str | None:
+        """Why an integer kernel does not take this form of its operator; None when it does."""
+        if node.op == "MaxPool" and any(len(t.outputs) or self.graph.is_output(t) for t in node.outputs[1:]):
+            return "its indices are read, which the int8 kernel does not give"
+        if node.op == "AveragePool" and any(d != 1 for d in node.attrs.get("dilations", ())):
+            return "the int8 kernel knows no dilations"
+        if not all(dtype_of(t) in (None, np.float32) for t in self._data_inputs(node)):
+            return "it does not work on float32"
+        return None
 
     # -------------------------------------------------------------- verdicts
 
@@ -258,12 +280,14 @@ def _why(node: Node, as_int: bool) -> str:
     return "between int8 operators"
 
 
-def _no_kernel(node: Node, scheme: str, target: str) -> str:
+def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op in ("If", "Loop", "Scan"):
         return "control flow is float"
     if node.op == "Gather":
         return "a look-up: its table is not quantized yet"
-    return f"scheme {scheme} has no int8 kernel for {node.op} on {target}"
+    if scheme.is_dynamic:
+        return "a dynamic scheme quantizes linear layers only"
+    return f"no int8 kernel for {node.op} on {target}"
 
 
 def _other_data(node: Node) -> str | None:

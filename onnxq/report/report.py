@@ -156,7 +156,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as indented JSON."""
-        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        return json.dumps(self.to_dict(), indent=1)
 
     def save(self, folder: str | Path) -> None:
         """Write report.json and report.html into a folder, which is made if needed. Raises OutputError."""

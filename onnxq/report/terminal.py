@@ -1,0 +1,207 @@
+"""Reports for a terminal, as text: readable without colour, cut to no width but the terminal's own.
+
+Functions return text rather than print, so that the command line alone writes to the streams. Progress bars are the
+exception: they live on stderr while work goes on, and leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from onnxq.progress import Progress, Silent
+from onnxq.report import wording
+from onnxq.report.report import Report
+
+MAX_GROUPS = 15
+MAX_OUTPUTS = 4
+_FILE_WIDTH = 200  # where there is no terminal, only tables of very long names are folded
+
+
+def summary(report: Report, details: str = "--report DIR or --json") -> str:
+    """What a compilation or verification found: figures, and nodes in groups; `details` is where all nodes are."""
+
+    def draw(console: Console) -> None:
+        _line(console, _title(report), "bold")
+        if report.size or report.latency or report.accuracy:
+            _line(console)
+            console.print(_figures(report))
+        for note in _conditions(report):
+            _line(console, note, "dim")
+        _groups(console, report, details)
+        _layers(console, report)
+
+    return _text(draw)
+
+
+def bench(found: dict[str, Any]) -> str:
+    """The result of onnxq.bench as a table."""
+    peaks = found.get("peak_memory_bytes", {})
+    models = [(key, found[name]) for key, name in (("a", "model"), ("b", "other")) if found.get(name) is not None]
+
+    def draw(console: Console) -> None:
+        rows = [(wording.clean(str(path)), wording.milliseconds(found[f"{key}_ms"]),
+                 wording.size(peaks[key]) if peaks.get(key) else "-") for key, path in models]
+        console.print(_table(("model", "per run", "peak memory"), rows))
+        shapes = ", ".join(f"{wording.clean(k)} {wording.shape(v)}" for k, v in found["shapes"].items())
+        conditions = (shapes, wording.threads(found["threads"]), wording.clean(str(found["data"])))
+        _line(console, f"on {', '.join(part for part in conditions if part)}", "dim")
+        if len(models) == 2:
+            speed = wording.speed(found["ratio"], found["low"], found["high"])
+            _line(console, f"{wording.clean(str(found['other']))} is {speed}", "bold")
+
+    return _text(draw)
+
+
+def schemes(rows: Sequence[tuple[str, str]]) -> str:
+    """Names with their summaries."""
+    return _text(lambda console: console.print(_table(("scheme", "what it does"), rows)))
+
+
+def line(text: str, style: str = "", *, err: bool = False) -> str:
+    """One line, styled for the stream that it goes to."""
+    return _text(lambda console: _line(console, wording.clean(text), style), err=err)
+
+
+# ------------------------------------------------------------------ parts
+
+
+def _title(report: Report) -> str:
+    made = f" -> {report.scheme}" if report.scheme else ""
+    target = report.environment.get("target")
+    return wording.clean(f"{report.model}{made}{f' for {target}' if target else ''}")
+
+
+def _figures(report: Report) -> Table:
+    rows = []
+    if report.size is not None:
+        size = report.size
+        rows.append(("size", wording.size(size.float_bytes), wording.size(size.compiled_bytes),
+                     wording.size_change(size)))
+    if report.latency is not None:
+        time = report.latency
+        rows.append(("latency", wording.milliseconds(time.float_ms), wording.milliseconds(time.compiled_ms),
+                     wording.speed(time.speedup, time.low, time.high)))
+    if report.accuracy is not None:
+        found = report.accuracy
+        rows.append((wording.clean(found.metric), wording.score(found.metric, found.float),
+                     wording.score(found.metric, found.compiled), wording.drop(found)))
+        outputs = list(found.outputs.items())
+        rows += [(wording.clean(name), "", "", wording.agreement(output)) for name, output in outputs[:MAX_OUTPUTS]]
+        if len(outputs) > MAX_OUTPUTS:
+            rows.append(("", "", "", f"+{wording.plural(len(outputs) - MAX_OUTPUTS, 'more output')}"))
+    return _table(("", "float", "compiled", "change"), rows)
+
+
+def _conditions(report: Report) -> Iterator[str]:
+    if report.latency is not None:
+        yield f"latency on {wording.timed_on(report.latency)}"
+    if report.accuracy is not None:
+        found = report.accuracy
+        note = f": {found.note}" if found.note else ""
+        yield wording.clean(f"accuracy on {wording.plural(found.rows, 'row')} of {found.data}{note}")
+
+
+def _groups(console: Console, report: Report, details: str) -> None:
+    found = wording.groups(report.nodes)
+    if not found:
+        return
+    _line(console)
+    _line(console, wording.tally(found), "bold")
+    # the largest groups, then in the order quantized, given, float, folded
+    for group in sorted(found[:MAX_GROUPS], key=lambda g: wording.KINDS.index(g.kind)):
+        _line(console, f"  {group.line}")
+    if len(found) > MAX_GROUPS:
+        _line(console, f"  +{len(found) - MAX_GROUPS} more, see {details}", "dim")
+
+
+def _layers(console: Console, report: Report) -> None:
+    if not report.layers:
+        return
+    rows = [(wording.clean(row.name), wording.clean(row.op), wording.decibels(row.sqnr_db), f"{row.cosine:.5f}",
+             f"{row.max_abs:.3g}") for row in report.layers]
+    _line(console)
+    _line(console, "layers, with the error of those before them", "bold")
+    console.print(_table(("output", "made by", "SQNR", "cosine", "max error"), rows))
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Plain columns; cells are text and never markup, and fold rather than vanish."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def _line(console: Console, text: str = "", style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def _text(draw: Callable[[Console], None], err: bool = False) -> str:
+    """What `draw` prints, with colours if the stream that it goes to shows them (rich heeds NO_COLOR)."""
+    stream = sys.stderr if err else sys.stdout
+    seen = stream.isatty()
+    # into a buffer: writing, and what can go wrong with it, is the command line's
+    buffer = io.StringIO()
+    draw(Console(file=buffer, force_terminal=seen, legacy_windows=False,
+                 width=Console(file=stream).width if seen else _FILE_WIDTH))
+    # rich pads a table's last column
+    return "\n".join(row.rstrip() for row in buffer.getvalue().rstrip("\n").split("\n"))
+
+
+# ------------------------------------------------------------------ progress
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Progress]:
+    """Bars on stderr while the block runs, when that is a terminal; else, and with `quiet`, nothing."""
+    console = Console(stderr=True)
+    if quiet or not sys.stderr.isatty() or console.is_dumb_terminal:
+        yield Silent()
+        return
+    name, count = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[count]}")
+    with RichProgress(name, BarColumn(), count, TimeElapsedColumn(), console=console, transient=True) as bars:
+        yield Bars(bars)
+
+
+class Bars:
+    """A bar for each stage: it pulses until its length is known, and stays, full, when the next one begins."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._total: int | None = None
+
+    def stage(self, name: str) -> None:
+        """A bar for `name`; the one before it is done."""
+        if self._task is not None:
+            full = self._total or 1
+            self._bars.update(self._task, total=full, completed=full)
+            self._bars.stop_task(self._task)
+        self._total = None
+        self._task = self._bars.add_task(wording.clean(name), total=None, count="")
+
+    def total(self, steps: int | None) -> None:
+        """The bar's length."""
+        self._total = steps
+        self._move(0)
+
+    def step(self, done: int) -> None:
+        """The bar at `done`."""
+        self._move(done)
+
+    def _move(self, done: int) -> None:
+        if self._task is not None:
+            count = str(done) if self._total is None else f"{done}/{self._total}"
+            self._bars.update(self._task, total=self._total, completed=done, count=count)

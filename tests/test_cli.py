@@ -1,0 +1,573 @@
+"""The command line: what it calls, what it prints where, and its exit status."""
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from onnxq import compiler
+from onnxq.cli import cli, main
+from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
+from onnxq.recipe import Recipe, scheme, scheme_names, scheme_text
+from onnxq.report.report import NodeRow, Report, Size, Verdict
+
+MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
+COMMANDS = ("compile", "verify", "bench", "schemes")
+FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifier", "verify"),
+             "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.compiler", "resolve")}
+# what the library is told when an option is not given
+COMPILE_DEFAULTS = {
+    "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
+    "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
+    "force": False, "measure": True, "dump": None, "dump_after": None}
+VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
+BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
+BENCHED = {"model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9, "high": 2.1,
+           "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
+           "peak_memory_bytes": {"a": 2_000_000, "b": 1_000_000}, "environment": {}}
+
+
+class Result:
+    """Exit status and both streams."""
+
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def onnxq(monkeypatch, capsys):
+    """Runs the command in this process, through its entry point."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["onnxq", *args])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def replace(monkeypatch):
+    """Puts `result` (a value, an exception or a function) in the place of a library function; gives its calls."""
+
+    def put(name, result):
+        module = importlib.import_module(FUNCTIONS[name][0])
+        signature = inspect.signature(getattr(module, FUNCTIONS[name][1]))
+        calls = []
+
+        def stub(*args, **options):
+            signature.bind(*args, **options)  # a call that the real function would refuse
+            calls.append((args, options))
+            if isinstance(result, BaseException):
+                raise result
+            return result() if callable(result) else result
+
+        monkeypatch.setattr(module, FUNCTIONS[name][1], stub)
+        return calls
+
+    return put
+
+
+def report(failures=(), notices=(), output="model.w8a8.onnx"):
+    return Report("model.onnx", output, "w8a8", size=Size(3000, 1000),
+                  nodes=[NodeRow("m", "MatMul", "w8a8", "QGemm", "QGemm", "CPUExecutionProvider", "")],
+                  verdict=Verdict(list(failures), list(notices)))
+
+
+# ---------------------------------------------------------------- what reaches the library
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ([], {}),
+    (["-o", "out.onnx"], {"output": "out.onnx"}),
+    (["--output", "out.onnx"], {"output": "out.onnx"}),
+    (["--force"], {"force": True}),
+    (["--scheme", "w8a8"], {"scheme": "w8a8"}),
+    (["--recipe", "r.yaml"], {"recipe": "r.yaml"}),
+    (["--calib", "c.npz"], {"calib": "c.npz"}),
+    (["--samples", "7"], {"samples": 7}),
+    (["--batch", "3"], {"batch": 3}),
+    (["--eval", "mod:function"], {"eval": "mod:function"}),
+    (["--metric", "mod:function"], {"metric": "mod:function"}),
+    (["--max-drop", "0.5%"], {"max_drop": "0.5%"}),
+    (["--target", "cpu"], {"target": "cpu"}),
+    (["--threads", "2"], {"threads": 2}),
+    (["--format", "qdq"], {"format": "qdq"}),
+    (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
+    (["--no-measure"], {"measure": False}),
+    (["--dump", "d"], {"dump": "d"}),
+    (["--dump", "d", "--dump-after", "fold"], {"dump": "d", "dump_after": "fold"}),
+    (["--json", "-q", "--debug"], {}),
+])
+def test_compile_options(onnxq, replace, options, wanted):
+    calls = replace("compile", report())
+    assert onnxq("compile", "model.onnx", *options).status == 0
+    [(args, given)] = calls
+    assert args == ("model.onnx",)
+    del given["progress"]
+    assert given == COMPILE_DEFAULTS | wanted
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ([], {}),
+    (["--data", "d.npz"], {"data": "d.npz"}),
+    (["--metric", "top1"], {"metric": "top1"}),
+    (["--max-drop", "0.5pt"], {"max_drop": "0.5pt"}),
+    (["--min-sqnr", "25.5"], {"min_sqnr": 25.5}),
+    (["--layers"], {"layers": True}),
+    (["--json"], {}),
+])
+def test_verify_options(onnxq, replace, options, wanted):
+    calls = replace("verify", report())
+    assert onnxq("verify", "float.onnx", "compiled.onnx", *options).status == 0
+    [(args, given)] = calls
+    assert args == ("float.onnx", "compiled.onnx")
+    del given["progress"]
+    assert given == VERIFY_DEFAULTS | wanted
+
+
+@pytest.mark.parametrize(("options", "other", "wanted"), [
+    ([], None, {}),
+    (["b.onnx"], "b.onnx", {}),
+    (["--data", "d.npz"], None, {"data": "d.npz"}),
+    (["--shape", "batch=8", "--shape", "a=b=64"], None, {"shapes": {"batch": 8, "a=b": 64}}),
+    (["--threads", "2"], None, {"threads": 2}),
+])
+def test_bench_options(onnxq, replace, options, other, wanted):
+    calls = replace("bench", BENCHED)
+    assert onnxq("bench", "a.onnx", *options).status == 0
+    [(args, given)] = calls
+    assert args == ("a.onnx", other)
+    del given["progress"]
+    assert given == BENCH_DEFAULTS | wanted
+
+
+def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
+    calls = replace("resolve", Recipe(scheme("w8a8")))
+    compiled = replace("compile", report())
+    result = onnxq("compile", "--print-recipe", "--calib", "c.npz", "--samples", "5", "--batch", "2", "--metric", "f1",
+                   "--max-drop", "1%", "--keep-float", "x*", "--threads", "3")
+    assert result.status == 0
+    assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
+                           "metric": "f1", "max_drop": "1%", "keep_float": ("x*",)})]
+    assert compiled == []
+
+
+# ---------------------------------------------------------------- exit status
+
+
+@pytest.mark.parametrize("command", [("compile", ["m.onnx"]), ("verify", ["a.onnx", "b.onnx"])])
+def test_done_is_0_and_a_failed_check_1(onnxq, replace, command):
+    name, args = command
+    replace(name, report(notices=["by the way"]))
+    assert onnxq(name, *args).status == 0
+    replace(name, report(failures=["too far off"]))
+    result = onnxq(name, *args)
+    assert result.status == 1
+    assert "Failed: too far off" in result.err
+
+
+@pytest.mark.parametrize(("error", "status"), [
+    (CheckFailed("a sentence"), 1), (UsageError("a sentence"), 2), (RecipeError("a sentence"), 2),
+    (ModelError("a sentence"), 3), (DataError("a sentence"), 3), (OutputError("a sentence"), 3),
+    (PassError("a sentence"), 70)])
+@pytest.mark.parametrize("options", [[], ["--json"], ["-q"]])
+def test_an_error_is_one_sentence_and_a_status(onnxq, replace, error, status, options):
+    replace("compile", error)
+    result = onnxq("compile", "m.onnx", *options)
+    assert (result.status, result.out, result.err) == (status, "", "Error: a sentence\n")
+
+
+def test_an_error_of_many_lines_is_put_on_one(onnxq, replace):
+    replace("compile", ModelError("first\n  second\x1b[31m"))
+    assert onnxq("compile", "m.onnx").err == "Error: first second\\x1b[31m\n"
+
+
+def test_debug_shows_the_traceback_of_an_error(onnxq, replace):
+    replace("compile", ModelError("a sentence"))
+    result = onnxq("compile", "m.onnx", "--debug")
+    assert result.status == 3
+    assert "Traceback (most recent call last)" in result.err
+    assert result.err.endswith("\nError: a sentence\n")
+
+
+@pytest.mark.parametrize(("command", "function"), [
+    (["compile", "m.onnx"], "compile"), (["compile", "--print-recipe"], "resolve"),
+    (["verify", "a.onnx", "b.onnx"], "verify"), (["bench", "a.onnx"], "bench")])
+def test_an_error_of_onnxq_itself_is_70_and_asks_for_a_report(onnxq, replace, command, function):
+    replace(function, ZeroDivisionError("by zero"))
+    result = onnxq(*command)
+    assert (result.status, result.out) == (70, "")
+    assert result.err.count("\n") == 1
+    for words in ("ZeroDivisionError", "by zero", "report", "--debug"):
+        assert words in result.err, words
+    result = onnxq(*command, "--debug")
+    assert result.status == 70
+    assert "Traceback" in result.err
+
+
+def test_interrupted_is_130(onnxq, replace):
+    replace("compile", KeyboardInterrupt())
+    result = onnxq("compile", "m.onnx")
+    assert (result.status, result.out, result.err) == (130, "", "interrupted; nothing half-written was left\n")
+    replace("bench", KeyboardInterrupt())
+    result = onnxq("bench", "m.onnx")
+    assert (result.status, result.err) == (130, "interrupted\n")
+
+
+def test_interrupted_after_the_model_was_written(onnxq, replace, monkeypatch, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    replace("compile", report())
+    monkeypatch.setattr(Report, "save", interrupt)
+    result = onnxq("compile", "m.onnx", "--report", str(tmp_path))
+    assert (result.status, result.err) == (130, "interrupted; model.w8a8.onnx was written\n")
+
+
+@pytest.mark.parametrize(("args", "remedy"), [
+    (["nonsense"], "nonsense"),
+    (["compile"], "for example: onnxq compile model.onnx"),
+    (["compile", "m.onnx", "--nonsense"], "--nonsense"),
+    (["compile", "m.onnx", "--scheme", "w8a8", "--recipe", "r.yaml"], "exclude each other"),
+    (["compile", "m.onnx", "--dump-after", "x"], "--dump DIR"),
+    (["compile", "m.onnx", "--target", "abacus"], "cpu"),
+    (["compile", "m.onnx", "--format", "zip"], "qoperator"),
+    *[(["compile", "m.onnx", f"--{name}", value], name)
+      for name in ("threads", "samples", "batch") for value in ("0", "-1", "many")],
+    (["verify", "a.onnx"], "COMPILED"),
+    (["verify", "a.onnx", "b.onnx", "--min-sqnr", "high"], "--min-sqnr"),
+    (["bench"], "MODEL"),
+    *[(["bench", "a.onnx", "--shape", text], "--shape batch=8")
+      for text in ("batch", "=8", "batch=", "batch=0", "batch=-1", "batch=x", "batch=8.5", "batch=²")],
+    (["bench", "a.onnx", "--shape", "batch=8", "--shape", "batch=9"], "twice"),
+])
+def test_wrong_usage_is_2(onnxq, replace, args, remedy):
+    calls = [replace(name, report()) for name in ("compile", "verify", "bench")]
+    result = onnxq(*args)
+    assert (result.status, result.out) == (2, "")
+    assert remedy in result.err
+    assert "Usage: onnxq" in result.err
+    assert calls == [[], [], []]
+
+
+# ---------------------------------------------------------------- the real library, on what it refuses
+
+
+@pytest.mark.parametrize("command", [["compile", "MISSING"], ["verify", "MISSING", "MISSING"], ["bench", "MISSING"]])
+def test_a_missing_model_is_3(onnxq, tmp_path, command):
+    missing = str(tmp_path / "missing.onnx")
+    result = onnxq(*(missing if word == "MISSING" else word for word in command))
+    assert (result.status, result.out) == (3, "")
+    assert result.err.count("\n") == 1
+    assert "missing.onnx" in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [
+    ["--scheme", "w9a9"], ["--scheme", "w8a8"], ["--metric", "nonsense"], ["--max-drop", "lots"],
+    ["--recipe", "missing.yaml"]])
+def test_what_the_library_calls_wrong_usage_is_2(onnxq, tmp_path, options):
+    result = onnxq("compile", str(tmp_path / "m.onnx"), *options)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("Error: ")
+    assert result.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------- what is printed where
+
+
+def test_the_summary_ends_with_where_the_result_is(onnxq, replace):
+    replace("compile", report(notices=["by the way"]))
+    result = onnxq("compile", "m.onnx")
+    assert result.out.splitlines()[0] == "model.onnx -> w8a8"
+    assert "3.00x smaller" in result.out
+    assert "1 MatMul -> QGemm" in result.out
+    assert result.out.splitlines()[-1] == "wrote model.w8a8.onnx"
+    assert result.err == "Note: by the way\n"
+
+
+def test_json_is_the_only_thing_on_stdout(onnxq, replace):
+    def noisy():
+        print("a function of the user's prints")
+        return report(["too far off"], ["by the way"])
+
+    replace("compile", noisy)
+    result = onnxq("compile", "m.onnx", "--json")
+    assert result.status == 1
+    assert json.loads(result.out) == report(["too far off"], ["by the way"]).to_dict()
+    assert result.err.splitlines() == ["a function of the user's prints", "Note: by the way", "Failed: too far off",
+                                       "wrote model.w8a8.onnx all the same"]
+
+
+def test_json_of_the_other_commands(onnxq, replace):
+    replace("verify", report())
+    assert json.loads(onnxq("verify", "a.onnx", "b.onnx", "--json").out) == report().to_dict()
+    replace("bench", BENCHED)
+    assert json.loads(onnxq("bench", "a.onnx", "--json").out) == BENCHED
+    listed = json.loads(onnxq("schemes", "--json").out)
+    assert [row["name"] for row in listed] == scheme_names()
+    assert json.loads(onnxq("schemes", "w8a8", "--json").out) == yaml.safe_load(scheme_text("w8a8"))
+    resolved = json.loads(onnxq("compile", "--print-recipe", "--scheme", "w8a8", "--json").out)
+    assert resolved["scheme"]["name"] == "w8a8"
+
+
+def test_json_survives_any_name(onnxq, replace):
+    replace("compile", report(notices=["gr\u00fcn \x1b \udcff"]))
+    result = onnxq("compile", "m.onnx", "--json")
+    assert result.out.isascii()
+    assert json.loads(result.out)["verdict"]["notices"] == ["gr\u00fcn \x1b \udcff"]
+    assert result.err == "Note: gr\u00fcn \\x1b \\udcff\n"
+
+
+def test_quiet_leaves_failures_alone(onnxq, replace):
+    replace("compile", report(notices=["by the way"]))
+    result = onnxq("compile", "m.onnx", "-q")
+    assert (result.status, result.out, result.err) == (0, "", "")
+    replace("compile", report(["too far off"], ["by the way"]))
+    result = onnxq("compile", "m.onnx", "--quiet")
+    assert (result.status, result.out) == (1, "")
+    assert result.err == "Failed: too far off\nwrote model.w8a8.onnx all the same\n"
+
+
+def test_a_failed_compile_names_the_result_that_was_written(onnxq, replace):
+    replace("compile", report(["too far off"]))
+    result = onnxq("compile", "m.onnx")
+    assert result.out.splitlines()[-1] == "wrote model.w8a8.onnx"
+    assert result.err == "Failed: too far off\n"
+
+
+def test_verify_does_not_say_that_it_wrote(onnxq, replace):
+    replace("verify", report())
+    assert onnxq("verify", "a.onnx", "b.onnx").out.splitlines()[-1] == "no check failed"
+    replace("verify", report(["too far off"]))
+    result = onnxq("verify", "a.onnx", "b.onnx")
+    assert "wrote" not in result.out
+    assert "no check failed" not in result.out
+    assert result.err == "Failed: too far off\n"
+    assert onnxq("verify", "a.onnx", "b.onnx", "-q").err == "Failed: too far off\n"
+
+
+def test_bench_prints_both_and_the_ratio(onnxq, replace):
+    replace("bench", BENCHED)
+    result = onnxq("bench", "a.onnx", "b.onnx")
+    assert "b.onnx is 2.00x as fast (1.90x to 2.10x)" in result.out
+    assert result.err == ""
+
+
+def test_progress_is_silent_when_stderr_is_no_terminal(onnxq, replace):
+    calls = replace("compile", report())
+    onnxq("compile", "m.onnx")
+    progress = calls[0][1]["progress"]
+    progress.stage("calibrate")
+    progress.total(3)
+    progress.step(1)
+    assert onnxq("compile", "m.onnx").err == ""
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_report_writes_both_files_and_names_the_page(onnxq, replace, tmp_path):
+    folder = tmp_path / "new"
+    replace("compile", report())
+    result = onnxq("compile", "m.onnx", "--report", str(folder))
+    assert result.status == 0
+    assert json.loads((folder / "report.json").read_text()) == report().to_dict()
+    assert (folder / "report.html").is_file()
+    assert result.out.splitlines()[-2:] == [f"report in {folder / 'report.html'}", "wrote model.w8a8.onnx"]
+
+
+@pytest.mark.parametrize("options", [["--json"], ["-q"]])
+def test_report_is_written_without_a_summary_too(onnxq, replace, tmp_path, options):
+    replace("compile", report(["too far off"]))
+    assert onnxq("compile", "m.onnx", "--report", str(tmp_path), *options).status == 1
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_report_folder_that_cannot_be_is_refused_before_the_work(onnxq, replace, tmp_path):
+    (tmp_path / "file").write_text("")
+    calls = replace("compile", report())
+    result = onnxq("compile", "m.onnx", "--report", str(tmp_path / "file" / "report"))
+    assert (result.status, result.out) == (3, "")
+    assert "choose another --report folder" in result.err
+    assert calls == []
+
+
+def test_a_report_that_fails_late_is_3_and_leaves_json_empty(onnxq, replace, tmp_path):
+    (tmp_path / "report.json").mkdir()
+    replace("compile", report())
+    result = onnxq("compile", "m.onnx", "--report", str(tmp_path), "--json")
+    assert (result.status, result.out) == (3, "")
+
+
+# ---------------------------------------------------------------- schemes and recipes
+
+
+def test_schemes(onnxq):
+    result = onnxq("schemes")
+    assert result.status == 0
+    assert [line.split()[0] for line in result.out.splitlines()[1:]] == scheme_names()
+    for name in scheme_names():
+        assert scheme(name).summary in result.out
+        assert onnxq("schemes", name).out == scheme_text(name)
+
+
+def test_an_unknown_scheme_gets_near_ones(onnxq):
+    result = onnxq("schemes", "w8a9")
+    assert (result.status, result.out) == (2, "")
+    assert "w8a8" in result.err
+
+
+@pytest.mark.parametrize(("options", "name"), [([], "w8a8-dynamic-tensor"), (["--calib", "c.npz"], "w8a8"),
+                                               (["model.onnx", "--scheme", "w8a8"], "w8a8")])
+def test_print_recipe_can_be_read_back(onnxq, tmp_path, options, name):
+    result = onnxq("compile", "--print-recipe", *options)
+    assert (result.status, result.err) == (0, "")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(result.out)
+    assert compiler.resolve(recipe=path).scheme.name == name
+    assert onnxq("compile", "--print-recipe", "--recipe", str(path)).out == result.out
+
+
+# ---------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_on_lines_of_their_own(onnxq, command, flag):
+    result = onnxq(*command.split(), flag)
+    assert (result.status, result.err) == (0, "")
+    lines = result.out.splitlines()
+    examples = lines[lines.index("  Examples:") + 1:]
+    assert examples[0].startswith(f"    onnxq {command}")
+    assert sum(line.startswith(f"    onnxq {command}") for line in examples) >= 2
+
+
+def test_options_come_in_the_promised_order(onnxq):
+    promised = {
+        "compile": ["-o", "--force", "--scheme", "--recipe", "--calib", "--samples", "--batch", "--eval", "--metric",
+                    "--max-drop", "--target", "--threads", "--format", "--keep-float", "--report", "--json", "-q",
+                    "--debug", "--print-recipe", "--dump", "--dump-after"],
+        "verify": ["--data", "--metric", "--max-drop", "--min-sqnr", "--layers", "--json"],
+        "bench": ["--data", "--shape", "--threads", "--json"]}
+    for command, options in promised.items():
+        out = onnxq(command, "-h").out
+        places = [out.index(f"\n  {option}") for option in options]
+        assert places == sorted(places), command
+
+
+def test_no_command_at_all_gets_the_help(onnxq):
+    result = onnxq()
+    assert result.status in (0, 2)  # as click's version has it
+    assert "Examples:" in result.out + result.err
+
+
+def test_help_of_the_group_names_commands_and_statuses(onnxq):
+    out = onnxq("--help").out
+    places = [out.index(f"\n  {command} ") for command in COMMANDS]
+    assert places == sorted(places)
+    for status in (0, 1, 2, 3, 70, 130):
+        assert f"\n    {status} " in out
+
+
+def test_version(onnxq):
+    result = onnxq("--version")
+    assert result.status == 0
+    assert result.out.split()[0] == "onnxq"
+    assert result.out.split()[1][0].isdigit()
+
+
+# ---------------------------------------------------------------- as a process
+
+
+def process(*args, **options):
+    return subprocess.run([sys.executable, "-m", "onnxq", *args], check=False, timeout=120,
+                          **({"capture_output": True, "text": True} | options))
+
+
+def test_as_a_module():
+    done = process("schemes", "w8a8")
+    assert (done.returncode, done.stdout, done.stderr) == (0, scheme_text("w8a8"), "")
+    done = process("compile")
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: onnxq compile ")
+
+
+def test_with_the_runner_of_click(replace):
+    replace("compile", report())
+    result = CliRunner().invoke(cli, ["compile", "m.onnx"])
+    assert result.exit_code == 0
+    assert "wrote model.w8a8.onnx" in result.output
+    replace("compile", ModelError("a sentence"))
+    result = CliRunner().invoke(cli, ["compile", "m.onnx"])
+    assert result.exit_code == 3
+    assert "Error: a sentence" in result.output
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes that close")
+def test_a_reader_that_leaves_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = process("schemes", capture_output=False, stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+def test_a_full_disk_behind_stdout_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = process("schemes", capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 3
+    assert done.stderr.startswith("Error: standard output can't be written (")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_of_few_letters_shows_what_it_can(tmp_path):
+    missing = str(tmp_path / "\u5c42.onnx")
+    done = process("compile", missing, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert done.returncode == 3
+    assert "\\u5c42.onnx" in done.stderr
+
+
+def test_compile_for_real_with_a_function_that_prints(tmp_path):
+    (tmp_path / "rows.py").write_text(
+        "import numpy as np\n"
+        "def give():\n"
+        "    for seed in range(4):\n"
+        "        print('drawing', seed)\n"
+        "        yield {'image': np.random.default_rng(seed).random((2, 1, 16, 16), np.float32)}\n")
+    done = process("compile", MODEL, "-o", "small.onnx", "--calib", "rows:give", "--no-measure", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["scheme"], found["output"], found["verdict"]["ok"]) == ("w8a8", "small.onnx", True)
+    assert found["latency"] is None
+    assert found["size"]["compiled_bytes"] == (tmp_path / "small.onnx").stat().st_size
+    assert any(node["ran_as"].endswith("QLinearConv") for node in found["nodes"])
+    assert "drawing 3" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupted_for_real(tmp_path):
+    (tmp_path / "rows.py").write_text(
+        "import os, signal\n"
+        "def give():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    yield {}\n")
+    before = sorted(tmp_path.iterdir())
+    done = process("compile", MODEL, "-o", "small.onnx", "--calib", "rows:give", cwd=tmp_path,
+                   env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted; nothing half-written was left\n")
+    assert sorted(tmp_path.iterdir()) == before
