@@ -85,7 +85,7 @@ def recipes() -> str:
     parts = ["# Recipes and schemes", (inspect.getdoc(recipe) or ""), "## A full recipe, as --print-recipe shows it",
              f"```yaml\n{recipe.Recipe(recipe.scheme('w8a8')).to_yaml()}```"]
     for kind in (recipe.Recipe, recipe.Scheme, recipe.TensorSpec, recipe.Rule, recipe.Match, recipe.Calibration,
-                 recipe.Fallback, recipe.BudgetSpec):
+                 recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec):
         parts += [f"## {kind.__name__}", inspect.getdoc(kind) or "", _fields(kind)]
     for name in recipe.scheme_names():
         parts += [f"## Scheme {name}", f"```yaml\n{recipe.scheme_text(name)}```"]

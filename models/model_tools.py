@@ -1,4 +1,4 @@
-"""What the two training scripts share: seeding, the training loop, saving and checking a model.
+"""What the training scripts share: seeding, the training loop, saving and checking a model.
 
 Needs torch, onnx and onnxruntime (`pip install '.[models]'`). Nothing in the package imports this.
 """
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 Arrays = dict[str, np.ndarray]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+Metric = Callable[[np.ndarray, np.ndarray], float]
 
 MODELS_DIR = Path(__file__).resolve().parent
 
 
 def parse_args(doc: str | None, name: str, epochs: int) -> argparse.Namespace:
-    """Parse the options both scripts take."""
+    """Parse the options that every script takes."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODELS_DIR / name, help="folder to write to")
     parser.add_argument("--epochs", type=int, default=epochs, help=f"default {epochs}")
@@ -58,6 +59,7 @@ def fit(
     weight_decay: float,
     seed: int,
     augment: Augment | None = None,
+    label_smoothing: float = 0.05,
 ) -> None:
     """Train with AdamW and a one-cycle schedule; the last weights are kept, nothing is selected.
 
@@ -71,7 +73,7 @@ def fit(
         total_steps=epochs * (len(labels) // batch_size),
         pct_start=0.15,
     )
-    loss_of = nn.CrossEntropyLoss(label_smoothing=0.05)
+    loss_of = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     model.train()
     for epoch in range(1, epochs + 1):
         began, losses = time.monotonic(), []
@@ -114,15 +116,23 @@ def load_rows(path: Path) -> Arrays:
 
 
 def run_in_ort(path: Path, rows: Arrays) -> np.ndarray:
-    """Run the model once in a plain onnxruntime session and return its only output."""
+    """Run the model once in a plain onnxruntime session and return its logits."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, rows)
-    return np.asarray(output)
+    (logits,) = session.run(["logits"], rows)
+    return np.asarray(logits)
 
 
 def top1(logits: np.ndarray, labels: np.ndarray) -> float:
     """Share of rows whose largest logit is the label's."""
     return float((logits.argmax(axis=1) == labels).mean())
+
+
+def perplexity(logits: np.ndarray, labels: np.ndarray) -> float:
+    """exp of the mean negative log likelihood of labels [N, S] under logits [N, S, V]."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max(axis=-1, keepdims=True)
+    own = np.take_along_axis(scores, labels[..., None], axis=-1)[..., 0]
+    return float(np.exp(np.mean(np.log(np.exp(scores).sum(axis=-1)) - own)))
 
 
 def check_disjoint(first: Arrays, second: Arrays) -> None:
@@ -140,7 +150,7 @@ def row_keys(rows: Arrays) -> set[bytes]:
     return {b"".join(rows[name][i].tobytes() for name in names) for i in range(count)}
 
 
-def report(folder: Path, *, trim_axis_1: bool = False) -> None:
+def report(folder: Path, *, metric: Metric = top1, trim_axis_1: bool = False) -> None:
     """Check what was written and print the figures that `manifest.yaml` states.
 
     `trim_axis_1` also runs the model on inputs cut short along axis 1 (a sequence axis).
@@ -168,4 +178,4 @@ def report(folder: Path, *, trim_axis_1: bool = False) -> None:
     for file in sorted(folder.iterdir()):
         print("bytes", file.name, file.stat().st_size)
     print("rows", {"calib": len(next(iter(calib.values()))), "eval": len(labels)})
-    print(f"top1 {top1(logits, labels):.4f} (onnxruntime {ort.__version__})")
+    print(f"{metric.__name__} {metric(logits, labels):.4f} (onnxruntime {ort.__version__})")

@@ -1,11 +1,13 @@
 """Snippets of the Python standard library's source, as token ids with the package as label.
 
-The data set of models/text_encoder. Everything comes from the interpreter that runs this, so
+The data set of models/text_encoder; models/recurrent and models/decoder take its split by file,
+the latter its vocabulary, too. Everything comes from the interpreter that runs this, so
 another Python version gives other data. Needs numpy only.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import sysconfig
 from collections import Counter, defaultdict
@@ -22,6 +24,7 @@ LINES = (4, 6)
 PAD, UNKNOWN = 0, 1
 SPECIAL = ["[PAD]", "[UNK]"]
 WORD_START = "\u2581"
+LINE_END, INDENT = "\u23ce", "\u21e5"
 
 # Label -> where its source lies, under the standard library's folder. A package's own tests
 # count as its source; some Python versions keep them under test/, some in the package.
@@ -141,12 +144,12 @@ def merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def encode(text: str, ids: dict[str, int], longest: int) -> list[int]:
-    """Tokenize by the longest piece that matches, and cut at MAX_TOKENS."""
+def encode(text: str, ids: dict[str, int], longest: int, limit: float = MAX_TOKENS) -> list[int]:
+    """Tokenize by the longest piece that matches, and cut at `limit` tokens."""
     tokens: list[int] = []
     for word in text.split():
         rest = WORD_START + word
-        while rest and len(tokens) < MAX_TOKENS:
+        while rest and len(tokens) < limit:
             size = next((n for n in range(min(longest, len(rest)), 0, -1) if rest[:n] in ids), 0)
             tokens.append(ids[rest[:size]] if size else UNKNOWN)
             rest = rest[max(size, 1) :]
@@ -164,3 +167,39 @@ def to_rows(snippets: Sequence[Snippet], vocabulary: Sequence[str]) -> Rows:
         input_ids[row, : len(tokens)] = tokens
     labels = np.array([label for _, label in coded], dtype=np.int64)
     return Rows(input_ids, (input_ids != PAD).astype(np.int64), labels)
+
+
+def read_marked(path: Path) -> str:
+    """Read a file with marks for what splitting at white space would lose: line ends and indents of four."""
+    marked = []
+    for line in path.read_text(encoding="utf-8", errors="replace").expandtabs(4).splitlines():
+        if line.strip():
+            indents = (len(line) - len(line.lstrip())) // 4
+            marked.append(f"{INDENT} " * indents + f"{line.strip()} {LINE_END}")
+    return "\n".join(marked)
+
+
+def cut_rows(texts: Iterable[str], vocabulary: Sequence[str], length: int) -> np.ndarray:
+    """Cut each text's tokens into rows of `length` + 1; a row's last token is the next row's first.
+
+    What is left of a text at its end is dropped.
+    """
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    longest = max(map(len, vocabulary))
+    known: dict[str, list[int]] = {}
+    rows = []
+    for text in texts:
+        tokens: list[int] = []
+        for word in text.split():
+            if word not in known:
+                known[word] = encode(word, ids, longest, limit=math.inf)
+            tokens += known[word]
+        rows += [tokens[start : start + length + 1] for start in range(0, len(tokens) - length, length)]
+    return np.array(rows, dtype=np.int64)
+
+
+def take_distinct(rows: np.ndarray, count: int, seed: int, apart_from: Sequence[np.ndarray]) -> np.ndarray:
+    """Keep `count` distinct rows, chosen at random, none of which is in `apart_from`."""
+    seen = {row.tobytes() for others in apart_from for row in others}
+    rows = np.unique([row for row in rows if row.tobytes() not in seen], axis=0)
+    return rows[np.random.default_rng(seed).permutation(len(rows))[:count]]

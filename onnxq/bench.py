@@ -67,6 +67,8 @@ def _sized(ports: list[Port], shapes: Mapping[str, int]) -> list[Port]:
     for axis in shapes:
         if axis not in free:
             raise UsageError(f"the model has no dynamic axis {axis!r}; it has {', '.join(free) or 'none'}")
+        if shapes[axis] < 1:
+            raise UsageError(f"axis {axis!r} can't have {shapes[axis]} elements; give at least 1")
     return [replace(p, shape=tuple(shapes.get(d, d) if isinstance(d, str) else d for d in p.shape)
                     if p.shape is not None else None) for p in ports]
 

@@ -25,7 +25,8 @@ T = TypeVar("T")
 INTERNAL, INTERRUPTED, PIPE_CLOSED = 70, 130, 141  # 141: what a shell reports for a program that SIGPIPE ended
 _DEBUG, _FATE = "onnxq.debug", "onnxq.fate"  # keys of click's context: is --debug on; what became of the output
 _NAMES = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-_DATA = "an .npz, a folder of .npz or .npy files, MODULE:FUNCTION giving dicts, or the word random"
+_DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, MODULE:FUNCTION giving dicts, or the "
+         "word random")
 POSITIVE = click.IntRange(min=1)
 
 

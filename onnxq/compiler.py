@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from onnxq import verification
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import OnnxqError, OutputError, UsageError
-from onnxq.graph import Graph, load, save, stored_bytes
+from onnxq.graph import Graph, Node, load, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
 from onnxq.passes.manager import Context, Pass, PassManager
@@ -37,6 +38,7 @@ from onnxq.version import VERSION
 AUTO = "auto"
 FORMATS = (AUTO, "qdq", "qoperator")
 _REMOVED = "folded"
+_ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Request:
 
 
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
-            samples: int | None = None, batch: int | None = None, metric: str | None = None,
-            max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
+            samples: int | None = None, batch: int | None = None, ranges: str | None = None,
+            metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic-tensor without. Raises UsageError and RecipeError.
@@ -75,7 +77,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
         chosen = Recipe(named_scheme(name))
     calibration = replace(chosen.calibration,
                           samples=chosen.calibration.samples if samples is None else samples,
-                          batch=chosen.calibration.batch if batch is None else batch)
+                          batch=chosen.calibration.batch if batch is None else batch,
+                          ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
     return replace(chosen, calibration=calibration,
                    fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
@@ -84,17 +87,18 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
 
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
-            batch: int | None = None, eval: Any = None, metric: str | None = None, max_drop: str | None = None,
-            target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
-            force: bool = False, measure: bool = True, dump: str | Path | None = None, dump_after: str | None = None,
+            batch: int | None = None, ranges: str | None = None, eval: Any = None, metric: str | None = None,
+            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
+            keep_float: Sequence[str] = (), force: bool = False, measure: bool = True,
+            dump: str | Path | None = None, dump_after: str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
     `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written even when a check
     fails: look at `Report.ok`. Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
-    chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, metric=metric,
-                     max_drop=max_drop, keep_float=keep_float)
+    chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
+                     metric=metric, max_drop=max_drop, keep_float=keep_float)
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     if target not in TARGETS:
@@ -112,18 +116,35 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
 
 def _check(request: Request, force: bool) -> None:
     request.goal.check()
+    if request.calib is None and request.evaluation is None:
+        for name, asked in (("--max-drop", request.goal.max_drop), ("--metric", request.goal.metric)):
+            if asked is not None:
+                raise UsageError(f"{name} needs data to measure on; give --eval DATA")
     chosen = request.recipe.scheme
     if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
         dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
         raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
+    if request.dump_after is not None and request.dump is None:
+        raise UsageError("--dump-after names a pass, but no folder to write its graph to; give --dump DIR")
     if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
         raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
-    if request.output.exists() and request.model.exists() and request.output.samefile(request.model):
+    if request.model.exists():  # loading says what is wrong with a model that does not
+        _check_output(request, force)
+
+
+def _check_output(request: Request, force: bool) -> None:
+    output, folder = request.output, request.output.parent
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; name the file to write, e.g. -o {output / 'model.onnx'}")
+    if output.exists() and output.samefile(request.model):
         raise UsageError("the result would replace the model itself; choose another -o")
-    if request.output.exists() and not force:
-        raise OutputError(f"{request.output} exists; give --force to replace it, or another -o")
-    if not request.output.parent.is_dir():
-        raise OutputError(f"the folder {request.output.parent} does not exist; make it, or choose another -o")
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to replace it, or another -o")
+    if not folder.is_dir():
+        missing = "is not a folder" if folder.exists() else "does not exist; make it"
+        raise OutputError(f"the folder of the result, {folder}, {missing}, or choose another -o")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {folder} can't be written; choose another -o")
 
 
 def _pass_names(output_format: str) -> list[str]:
@@ -144,8 +165,9 @@ class _Compilation:
         request = self.request
         with self.stage("load"):
             graph = load(request.model)
-            calib = open_data(request.calib, graph.ports()) if request.calib is not None else None
-            evaluation = open_data(request.evaluation, graph.ports()) if request.evaluation is not None else None
+            how, ports = request.recipe.data, graph.ports()
+            calib = open_data(request.calib, ports, how=how) if request.calib is not None else None
+            evaluation = open_data(request.evaluation, ports, how=how) if request.evaluation is not None else None
         with self.stage("canonicalize"):
             self._canonicalize(graph)
         self.context.plan = self._plan(graph, calib)
@@ -176,7 +198,7 @@ class _Compilation:
     def _canonicalize(self, graph: Graph) -> None:
         before = {n.name: n.op for n in graph.nodes}
         self._passes(canonicalize(), graph)
-        self.made = {n.name: tuple(t.name for t in n.outputs) for n in graph.nodes}
+        self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.removed = [NodeRow(name, op, _REMOVED, "", "", "", "folded into its neighbours or into a constant")
                         for name, op in before.items() if name not in self.made]
 
@@ -189,7 +211,7 @@ class _Compilation:
             with self.stage("calibrate"):
                 self.progress.total(_rows(calib, recipe.calibration))
                 ranges = observer.observe(graph, found.ranges_of, calib, recipe.calibration, self.request.options,
-                                          self.progress.step)
+                                          self.progress.step, recipe.scheme.activations)
             self._data_notices(calib, "calibration")
         with self.stage("scales"):
             plan = finish(found, graph, ranges, recipe, target)
@@ -314,8 +336,6 @@ class _Compilation:
     def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
         request = self.request
         if data is None:
-            if request.goal.max_drop is not None:
-                raise UsageError("--max-drop needs data to measure on; give --eval DATA")
             return
         note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval DATA"
         samples = None if evaluation is not None else request.recipe.calibration.samples
@@ -326,6 +346,13 @@ class _Compilation:
                 batch=request.recipe.calibration.batch, samples=samples, note=note, progress=self.progress.step)
         if evaluation is not None:
             self._data_notices(evaluation, "evaluation")
+
+
+def _results(graph: Graph, node: Node) -> tuple[str, ...]:
+    """What a node makes, and what an activation behind it does: the runtime fuses the two and the latter is left."""
+    reader = graph.only_consumer(node.outputs[0]) if len(node.outputs) else None
+    fused = reader.outputs if reader is not None and reader.op in _ACTIVATIONS else []
+    return tuple(t.name for t in [*node.outputs, *fused])
 
 
 def _rows(data: Dataset, how: Calibration) -> int | None:

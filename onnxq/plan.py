@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from onnxq.errors import UsageError
+from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 
@@ -82,10 +84,14 @@ class Plan:
         return sha.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write plan.json and plan.npz into a folder."""
+        """Write plan.json and plan.npz into a folder. Raises OutputError when that can't be done."""
         folder = Path(folder)
-        (folder / "plan.json").write_text(json.dumps(self._verdicts(), indent=1) + "\n", encoding="utf-8")
-        np.savez_compressed(folder / "plan.npz", **self._arrays())  # type: ignore[arg-type]
+        try:
+            (folder / "plan.json").write_text(json.dumps(self._verdicts(), indent=1) + "\n", encoding="utf-8")
+            np.savez_compressed(folder / "plan.npz", **self._arrays())  # type: ignore[arg-type]
+        except OSError as e:
+            raise OutputError(f"the plan can't be written ({e.strerror}); name a folder that exists and has room: "
+                              f"{folder}") from None
 
     @staticmethod
     def load(folder: str | Path) -> Plan:
@@ -93,28 +99,33 @@ class Plan:
         folder = Path(folder)
         try:
             data = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-            with np.load(folder / "plan.npz") as z:
+            # opened here: of a file that is no archive, NumPy would leave it open
+            with (folder / "plan.npz").open("rb") as file, np.load(file) as z:
                 arrays = {k: z[k] for k in z.files}
-        except (OSError, ValueError) as e:
+            return Plan._of(data, arrays)
+        except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, UsageError) as e:
             raise UsageError(f"{folder} holds no plan ({e}); name a folder with plan.json and plan.npz") from None
+
+    @staticmethod
+    def _of(data: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) -> Plan:
         plan = Plan(data["scheme"], data["target"])
         for item in data["nodes"]:
             plan.nodes[item["node"]] = NodePlan(**{**item, "int_inputs": tuple(item["int_inputs"])})
         for kind, table in (("activations", plan.activations), ("weights", plan.weights)):
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],
-                                          by_name(spec["dtype"]), spec["axis"])
+                                          by_name(spec["dtype"]), spec["axis"], spec["block_size"])
         return plan
 
     def _verdicts(self) -> dict[str, object]:
         def specs(table: dict[str, QuantParams]) -> dict[str, object]:
-            return {k: {"dtype": p.dtype.name, "axis": p.axis} for k, p in table.items()}
+            return {k: {"dtype": p.dtype.name, "axis": p.axis, "block_size": p.block_size} for k, p in table.items()}
 
         return {"scheme": self.scheme, "target": self.target,
                 "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
                 "activations": specs(self.activations), "weights": specs(self.weights)}
 
-    def _arrays(self) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         pairs: Iterable[tuple[str, dict[str, QuantParams]]] = (
             ("activations", self.activations), ("weights", self.weights))
         return {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))

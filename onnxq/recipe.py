@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -73,12 +74,62 @@ class Rule:
 
 @dataclass(frozen=True)
 class Calibration:
-    """samples: rows used at most (None: all); ranges: minmax or percentile; percentile in percent."""
+    """How the ranges of activations are found.
+
+    samples: rows used at most (None: all); batch: rows run at once. ranges: minmax, moving-average (of the minima
+    and maxima of the batches), percentile (`percentile` percent of the values lie inside), mse (the least squared
+    error) or entropy (the least loss of information).
+    """
 
     samples: int | None = 128
     batch: int | None = None
     ranges: str = "minmax"
     percentile: float = 99.999
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images and text become rows of the model's inputs; what is None is as the model's inputs suggest.
+
+    Images, in this order: `color` rgb, bgr, gray, or y (of YCbCr); `resize` to a [shorter side] or [H, W] by
+    `interpolation` bilinear, bicubic or nearest (None: to the input's fixed H and W, if it has them); `crop` [H, W] of
+    the centre; (pixel * scale - mean) / std with pixels from 0 to 255, one value for all channels or one for each;
+    `layout` nchw or nhwc. Text: `tokenizer` is the path of a tokenizer.json, from the working directory (None: the one
+    beside the text); `mode` is lines (each line or record a row) or stream (all of the text, cut into rows; None:
+    stream for a model that has a key/value cache); `length` is the tokens of a row (None: as many as the model fixes,
+    or 128).
+    """
+
+    resize: tuple[int, ...] | None = None
+    crop: tuple[int, ...] | None = None
+    color: str | None = None
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: str | None = None
+    interpolation: str = "bilinear"
+    tokenizer: str | None = None
+    length: int | None = None
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        known = {"color": ("rgb", "bgr", "gray", "y"), "layout": ("nchw", "nhwc"), "mode": ("lines", "stream"),
+                 "interpolation": ("bilinear", "bicubic", "nearest")}
+        for key, values in known.items():
+            value = getattr(self, key)
+            if value is not None and value not in values:
+                raise RecipeError(f"data.{key}: {value!r} is not known; use {', '.join(values)}")
+        if self.resize is not None and not (len(self.resize) in (1, 2) and min(self.resize) > 0):
+            raise RecipeError(f"data.resize: {list(self.resize)} is no size; give [shorter side] or [H, W]")
+        if self.crop is not None and not (len(self.crop) == 2 and min(self.crop) > 0):
+            raise RecipeError(f"data.crop: {list(self.crop)} is no size; give [H, W]")
+        if self.length is not None and self.length < 1:
+            raise RecipeError(f"data.length: {self.length} tokens make no row; give at least 1")
+        for key, numbers in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):
+            if not numbers or not all(map(math.isfinite, numbers)) or (key == "std" and 0 in numbers):
+                wanted = "numbers other than 0" if key == "std" else "numbers"
+                raise RecipeError(f"data.{key}: {list(numbers)} can't be used; give finite {wanted}")
 
 
 @dataclass(frozen=True)
@@ -104,6 +155,7 @@ class Recipe:
     version: int = VERSION
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
+    data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
 
@@ -153,7 +205,7 @@ def read(path: str | Path) -> Recipe:
 def parse(text: str) -> Recipe:
     """A recipe from YAML text. Raises RecipeError naming the key by its path."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, _Strict)
     except yaml.YAMLError as e:
         raise RecipeError(f"the recipe is not valid YAML ({str(e).splitlines()[0]}); correct it") from None
     if not isinstance(data, dict):
@@ -205,6 +257,17 @@ def expand_braces(glob: str) -> list[str]:
 
 
 # ------------------------------------------------------------------ dataclasses <-> plain data
+
+
+class _Strict(yaml.SafeLoader):
+    """YAML that refuses a key given twice, of which it would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"{key}: given twice; keep one")
+        return super().construct_mapping(node, deep)
 
 
 def _plain(value: Any) -> Any:

@@ -141,9 +141,15 @@ def apply(step: Pass, graph: Graph, context: Context | None = None) -> tuple[boo
 
 
 def text(graph: Graph) -> str:
-    """The graph in a form to read: `Conv(x, w, _) -> y {pads: [1, 1]}`; constants carry their type and shape."""
+    """The graph in a form to read: `Conv(x, w, _) -> y {pads: [1, 1]}`; constants carry their type and shape.
+
+    Bodies of If and Loop follow their node, indented.
+    """
     stored: dict[str, str] = {}
     lines = [f"inputs {', '.join(f'{t.name}{_dims(t.shape)}' for t in graph.inputs)}"]
+    bodies: dict[str, list[str]] = {}
+    for owner, inner in graph.subgraphs():
+        bodies.setdefault(owner.name, []).extend(f"    {line}" for line in text(inner).splitlines())
     for item in graph.nodes:
         for t in item.inputs:
             if hasattr(t, "_values"):
@@ -153,6 +159,7 @@ def text(graph: Graph) -> str:
         domain = f"{item.domain}." if item.domain else ""
         lines.append(f"{domain}{item.op}({', '.join(t.name or '_' for t in item.inputs)}) -> "
                      f"{', '.join(t.name or '_' for t in item.outputs)}{shown}")
+        lines += bodies.get(item.name, [])
     lines.append(f"outputs {', '.join(f'{t.name}{_dims(t.shape)}' for t in graph.outputs)}")
     return "\n".join([*stored.values(), *lines]) + "\n"
 

@@ -1,22 +1,22 @@
 """DATA on the command line, as a stream of feeds for a model.
 
-DATA is an .npz file, a folder of .npz or of .npy files, `module:function`, or the word `random`. Nothing is ever made
-up: random data come only when asked for by that word. NaN is not looked for here.
+DATA is an .npz file, a folder of .npz, of .npy or of image files, a text file, `module:function`, or the word `random`.
+Nothing is ever made up: random data come only when asked for by that word. NaN is not looked for here.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxq import plugins
+from onnxq.calibration import images, text
+from onnxq.calibration.dataset import Batch, Dataset
 from onnxq.calibration.layout import (
     LABELS,
     Feed,
@@ -28,59 +28,18 @@ from onnxq.calibration.layout import (
     sections,
 )
 from onnxq.calibration.sources import Array, Column, Random, npy_column, npz_columns, one_row
-from onnxq.errors import DataError, UsageError
+from onnxq.errors import DataError
 from onnxq.ports import Port
+from onnxq.recipe import Preprocessing
 
-BATCH = 8  # rows per batch unless the caller, the model or the layout says otherwise
+__all__ = ["Batch", "Dataset", "open_data"]
+
+_AS_THE_MODEL_SUGGESTS = Preprocessing()
 _RANDOM_ROWS = 16
 _RANDOM_SIZE = 64  # of a dynamic axis that is not the batch
-_KINDS = "an .npz file, a folder of .npz or .npy files, module:function or the word random"
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One feed, with the labels of its rows where there is one label per row.
-
-    `first_row` counts the rows delivered before it; a single sample that is fed as it is counts as one row.
-    """
-
-    feed: Feed
-    labels: Array | None
-    rows: int
-    first_row: int
-
-
-class Dataset(ABC):
-    """Feeds for a model, as often as they are asked for.
-
-    `name` is what a report calls it; `rows` counts what `batches` delivers in all and is None for a generator; `notes`
-    are sentences for the report, e.g. that rows were dropped.
-    """
-
-    name: str
-    random: bool = False
-    rows: int | None = None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def labels(self) -> Array | None:
-        """All labels, [rows, ...] or fewer (one per pair of rows), or None; a generator's come in its batches."""
-        return None
-
-    def batches(self, batch: int | None = None, samples: int | None = None) -> Iterator[Batch]:
-        """A new pass over the data: the first `samples` rows in order (all by default), `batch` rows to a feed.
-
-        `batch` gives way to what the model or the data fix: axis 0 of an input, a leading sample axis, a generator's
-        own feeds. A generator's feed is never cut: it stops with the one that reaches `samples`. Raises UsageError for
-        a number below 1, and DataError, while iterating, for data that turn out unreadable or unfit.
-        """
-        for name, value in (("batch", batch), ("samples", samples)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; give a number of at least 1")
-        return self._pass(batch or BATCH, samples)
-
-    @abstractmethod
-    def _pass(self, batch: int, samples: int | None) -> Iterator[Batch]: ...
+_KINDS = (
+    "an .npz file, a folder of .npz, .npy or image files, a .txt or .jsonl text, module:function or the word random"
+)
 
 
 def open_data(
@@ -88,12 +47,14 @@ def open_data(
     ports: Sequence[Port],
     *,
     seed: int = 0,
+    how: Preprocessing = _AS_THE_MODEL_SUGGESTS,
 ) -> Dataset:
     """The data set that `spec` names, fitted to the model's inputs; headers are read, data are not.
 
     - `.npz`: an array per input; labels under `labels`.
     - folder: of such .npz files (a file may also be one feed as it is), their rows in the order of the names; or of
-      `NAME.npy` per input.
+      `NAME.npy` per input; or of images, in sub-folders too, made into rows as `how` says (see images.Images).
+    - `.txt`, `.jsonl`: tokenized into rows as `how` says (see text.Text).
     - `module:function`, a function or an iterable: a dictionary per feed, with `labels` at will. A function is called
       anew for each pass.
     - `random`: 16 rows (more where the model's fixed batch is larger) made from `seed`: dynamic axes are 64, integers 0
@@ -105,7 +66,7 @@ def open_data(
     if not ports:
         raise DataError("the model takes no inputs, so that there is nothing to feed; compile it without data")
     if isinstance(spec, (str, os.PathLike)):
-        return _open_named(spec, ports, seed)
+        return _open_named(spec, ports, seed, how)
     if callable(spec):
         name = f"{getattr(spec, '__module__', '')}:{getattr(spec, '__qualname__', type(spec).__name__)}"
         return _Feeds(name, spec, ports)
@@ -268,25 +229,27 @@ class _Feeds(Dataset):
         return Batch(feed, labels, rows, first)
 
 
-def _open_named(spec: str | os.PathLike[str], ports: Sequence[Port], seed: int) -> Dataset:
+def _open_named(spec: str | os.PathLike[str], ports: Sequence[Port], seed: int, how: Preprocessing) -> Dataset:
     if spec == "random":
         data = _Arrays("random (asked for)", [("random data", _random_columns(ports, seed))], ports)
         data.random = True
         return data
-    text = os.fspath(spec)
-    path = Path(text)
-    exists = text != "" and path.exists()  # Path("") is the working directory
+    given = os.fspath(spec)
+    path = Path(given)
+    exists = given != "" and path.exists()  # Path("") is the working directory
     if exists and path.is_dir():
-        return _open_folder(path, ports)
+        return _open_folder(path, ports, how)
     if exists and path.suffix.lower() == ".npz":
         return _Arrays(path.name, [(path.name, npz_columns(path))], ports)
-    if not exists and plugins.is_reference(text):
-        return _Feeds(text, plugins.load(text, DataError), ports)
+    if exists and path.suffix.lower() in text.SUFFIXES:
+        return text.Text(path, ports, how)
+    if not exists and plugins.is_reference(given):
+        return _Feeds(given, plugins.load(given, DataError), ports)
     missing = "" if exists else ", which is missing"
-    raise DataError(f"DATA is {_KINDS}, not '{text}'{missing}; check the path or write the data with numpy.savez")
+    raise DataError(f"DATA is {_KINDS}, not '{given}'{missing}; check the path or write the data with numpy.savez")
 
 
-def _open_folder(path: Path, ports: Sequence[Port]) -> Dataset:
+def _open_folder(path: Path, ports: Sequence[Port], how: Preprocessing) -> Dataset:
     name = path.resolve().name
     try:
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
@@ -296,11 +259,16 @@ def _open_folder(path: Path, ports: Sequence[Port]) -> Dataset:
     arrays = [file for file in files if file.suffix.lower() == ".npy"]
     if archives and arrays:
         raise DataError(f"folder {path} has both .npz and .npy files; leave one kind in it")
+    if (archives or arrays) and any(file.suffix.lower() in images.SUFFIXES for file in files):
+        raise DataError(f"folder {path} has both arrays and images; leave one kind in it")
     if archives:
         return _Arrays(name, ((file.name, npz_columns(file)) for file in archives), ports, folder=True)
     if arrays:
         return _Arrays(name, [(name, {file.stem: npy_column(file) for file in arrays})], ports)
-    raise DataError(f"folder {path} has no .npz or .npy files; give a folder that does, or a file")
+    pictures = images.find(path)
+    if pictures:
+        return images.Images(path, pictures, ports, how)
+    raise DataError(f"folder {path} has no .npz, .npy or image files; give a folder that does, or a file")
 
 
 def _random_columns(ports: Sequence[Port], seed: int) -> dict[str, Column]:

@@ -29,16 +29,21 @@ CONTRIB = "com.microsoft"
 
 
 class Graph:
-    """A model being compiled. `folder` is where its external data lie; `extras` and `metadata` return on saving."""
+    """A model being compiled.
+
+    `folder` is where its external data lie; `extras`, `metadata`, `annotations` and `header` (the model's doc string,
+    domain and version) return on saving.
+    """
 
     def __init__(self, ir: gs.Graph, folder: Path, metadata: dict[str, str] | None = None,
                  extras: dict[str, Any] | None = None, annotations: Sequence[Any] = (),
-                 parent: Graph | None = None) -> None:
+                 parent: Graph | None = None, header: onnx.ModelProto | None = None) -> None:
         self.ir = ir
         self.folder = folder
-        self.metadata = metadata or {}
-        self.extras = extras or {}
+        self.metadata = metadata if metadata is not None else {}
+        self.extras = extras if extras is not None else {}
         self.annotations = list(annotations)
+        self.header = header or onnx.ModelProto()
         self.parent = parent
         self._names = {name for g in self._with_subgraphs(ir) for name in self._local_names(g)}
         self._node_names = {n.name for n in ir.nodes}
@@ -75,7 +80,7 @@ class Graph:
         for node in self.ir.nodes:
             for value in node.attrs.values():
                 if isinstance(value, gs.Graph):
-                    yield node, Graph(value, self.folder, parent=self)
+                    yield node, Graph(value, self.folder, extras=self.extras, parent=self)
 
     def walk(self) -> Iterator[tuple[Node, Graph]]:
         """Every node with the graph that holds it, subgraphs included."""
@@ -174,8 +179,9 @@ class Graph:
 
     def remove(self, node: Node) -> None:
         """Take a node out; its outputs keep their consumers, so rewire those first."""
-        node.inputs.clear()
-        node.outputs.clear()
+        for inner in [node, *(n for g in self._bodies(node) for n in g.nodes)]:
+            inner.inputs.clear()
+            inner.outputs.clear()
         index = next(i for i, n in enumerate(self.ir.nodes) if n is node)
         del self.ir.nodes[index]
         self._node_names.discard(node.name)
@@ -261,17 +267,30 @@ class Graph:
 
         Raises NotImplementedError or any error of the operator where the reference can't run it.
         """
+        if node.name in self.extras and self.extras[node.name].attributes:
+            raise NotImplementedError("it has attributes that only the runtime understands")
         proto = gs.exporters.onnx_exporter.OnnxExporter.export_node(node)
         feeds = {t.name: np.asarray(self.read(t)) for t in node.inputs if t.name}
         graph = onnx.helper.make_graph(
             [proto], "fold", [onnx.helper.make_empty_tensor_value_info(n) for n in feeds],
             [onnx.helper.make_empty_tensor_value_info(t.name) for t in node.outputs])
         model = onnx.helper.make_model(graph, opset_imports=list(self.ir.import_domains))
-        return [np.asarray(v) for v in ReferenceEvaluator(model).run(None, feeds)]
+        values = ReferenceEvaluator(model).run(None, feeds)
+        if not all(isinstance(v, (np.ndarray, np.generic)) for v in values):
+            raise NotImplementedError("its result is no tensor")
+        return [np.asarray(v) for v in values]
 
     def copy(self) -> Graph:
         """An independent graph that shares the weights' storage."""
-        twin = Graph(self.ir.copy(), self.folder, dict(self.metadata), dict(self.extras), self.annotations)
+        ir = self.ir.copy()
+        ir.import_domains = list(self.ir.import_domains)  # exporting adds to it
+        ir.producer_name, ir.producer_version = self.ir.producer_name, self.ir.producer_version
+        twin = Graph(ir, self.folder, dict(self.metadata), dict(self.extras), self.annotations, header=self.header)
+        outer: dict[str, Tensor] = {}  # the library gives each body a copy of the weights that it captures
+        for node, _ in twin.walk():
+            for index, tensor in enumerate(node.inputs):
+                if is_constant(tensor) and outer.setdefault(tensor.name, tensor) is not tensor:
+                    node.inputs[index] = outer[tensor.name]
         twin._made = {t.name: t for t in twin._tensors() if t.name in self._made}
         return twin
 
@@ -288,7 +307,7 @@ class Graph:
                 if t.name and not is_constant(t) and t.name not in known:
                     faults.append(f"{node.name} reads {t.name!r} before it is made")
             for t in node.outputs:
-                if t.name in known:
+                if t.name and t.name in known:
                     faults.append(f"{t.name!r} is made twice")
                 known.add(t.name)
         faults += [f"output {t.name!r} is never made" for t in self.ir.outputs
@@ -301,9 +320,14 @@ class Graph:
     def _with_subgraphs(ir: gs.Graph) -> Iterator[gs.Graph]:
         yield ir
         for node in ir.nodes:
-            for value in node.attrs.values():
-                if isinstance(value, gs.Graph):
-                    yield from Graph._with_subgraphs(value)
+            yield from Graph._bodies(node)
+
+    @staticmethod
+    def _bodies(node: Node) -> Iterator[gs.Graph]:
+        """Bodies of a node and of the nodes in them."""
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                yield from Graph._with_subgraphs(value)
 
     @staticmethod
     def _local_names(ir: gs.Graph) -> Iterator[str]:

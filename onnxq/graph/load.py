@@ -2,7 +2,8 @@
 
 Model-local functions are inlined, weights in Constant nodes and sparse weights become plain initializers,
 initializers listed as graph inputs are inputs no more, opsets below 13 are raised to 13 (per-channel
-DequantizeLinear begins there), every node gets a unique name, shapes are inferred where they can be.
+DequantizeLinear begins there), every node and every tensor gets a unique name, those in bodies of If and Loop too,
+shapes are inferred where they can be.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from onnx import numpy_helper, version_converter
 
 from onnxq.errors import GraphError, ModelError
 from onnxq.graph.graph import Graph
+from onnxq.graph.names import name_nodes, name_tensors, with_bodies
 
 OLDEST_OPSET = 7
 WORKING_OPSET = 13  # the first with per-channel QuantizeLinear/DequantizeLinear
 SMALL = 1024  # elements; initializers up to this size are kept for shape inference, which reads them
 
-_REFUSED = {
+_REFUSED: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
@@ -52,18 +54,24 @@ def load(path: str | Path) -> Graph:
     model = _inline(model)
     _drop_initializer_inputs(model.graph)
     model = _raise_opset(model, path)
-    for graph in _graphs(model.graph):
+    for graph in with_bodies(model.graph):
         _constants_to_initializers(graph)
         _densify(graph)
-    names = _name_nodes(model.graph)
+    names = name_nodes(model.graph)
+    name_tensors(model.graph)
     model = _infer_shapes(model)
-    extras = {name: _take_extras(node) for name, node in names.items()}
+    for graph in with_bodies(model.graph):
+        _forget_odd_kinds(graph, is_body=graph is not model.graph)
+    # inner nodes come last in `names` and have to be settled first: settling a node may copy its bodies
+    extras = {name: _take_extras(node) for name, node in reversed(names.items())}
     metadata = {p.key: p.value for p in model.metadata_props}
     ir = gs.import_onnx(model)
     ir.nodes = list(ir.nodes)
     return Graph(ir, folder=path.resolve().parent, metadata=metadata,
                  extras={k: v for k, v in extras.items() if v is not None},
-                 annotations=list(model.graph.quantization_annotation))
+                 annotations=list(model.graph.quantization_annotation),
+                 header=onnx.ModelProto(doc_string=model.doc_string, domain=model.domain,
+                                        model_version=model.model_version))
 
 
 def read_nodes(path: str | Path) -> list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:
@@ -73,12 +81,19 @@ def read_nodes(path: str | Path) -> list[tuple[str, str, str, tuple[str, ...], t
 
 
 def stored_bytes(path: str | Path) -> int:
-    """Size of a model file and the external data files that it names, in bytes."""
+    """Size of a model file and the external data files that it names, in bytes.
+
+    Raises ModelError when one of those is missing.
+    """
     path = Path(path)
     model = onnx.load(str(path), load_external_data=False)
-    names = {e.value for g in _graphs(model.graph) for t in g.initializer for e in t.external_data
+    names = {e.value for g in with_bodies(model.graph) for t in g.initializer for e in t.external_data
              if e.key == "location"}
-    return int(path.stat().st_size) + sum((path.parent / n).stat().st_size for n in names)
+    try:
+        return int(path.stat().st_size) + sum((path.parent / n).stat().st_size for n in names)
+    except FileNotFoundError as e:
+        raise ModelError(f"the external data file {Path(e.filename).name!r} is missing; "
+                         "put it beside the model again") from None
 
 
 def _parse(path: Path) -> onnx.ModelProto:
@@ -105,17 +120,28 @@ def _refuse(model: onnx.ModelProto, path: Path) -> None:
         if kind not in (None, "tensor_type"):
             raise GraphError(f"{value.name!r} is of kind {kind}, which onnxq does not carry; "
                              "export the model with plain tensors as inputs and outputs")
-    for graph in _graphs(model.graph):
-        types = [(t.name, t.data_type) for t in graph.initializer]
-        types += [(v.name, v.type.tensor_type.elem_type) for v in [*graph.input, *graph.output]]
-        for name, elem in types:
-            if elem in _REFUSED:
-                raise ModelError(f"{path} holds {_REFUSED[elem]} tensors ({name!r}), which onnxq does not compile yet; "
-                                 "export the model in float32")
+    for name, elem in _element_types(model):
+        if elem in _REFUSED:
+            raise ModelError(f"{path} holds {_REFUSED[elem]} tensors ({name!r}), which onnxq does not compile yet; "
+                             "export the model in float32")
+    for graph in with_bodies(model.graph):
         for node in graph.node:
             if any(a.type == onnx.AttributeProto.GRAPHS for a in node.attribute):
                 raise GraphError(f"node {node.name!r} ({node.op_type}) holds a list of graphs, which onnxq can't "
                                  "carry; replace it before the export")
+
+
+def _element_types(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
+    """(name, type) of everything stored, fed or returned; Constant nodes and functions included."""
+    nodes = [n for f in model.functions for n in f.node]
+    for graph in with_bodies(model.graph):
+        nodes += graph.node
+        yield from ((t.name, t.data_type) for t in graph.initializer)
+        yield from ((t.values.name, t.values.data_type) for t in graph.sparse_initializer)
+        yield from ((v.name, v.type.tensor_type.elem_type) for v in [*graph.input, *graph.output])
+    for node in nodes:
+        if node.op_type == "Constant":
+            yield from ((node.output[0], a.t.data_type) for a in node.attribute if a.HasField("t"))
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -154,14 +180,6 @@ def _raise_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     raised.metadata_props.extend(props)
     _drop_initializer_inputs(raised.graph)
     return raised
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
 
 
 def _constants_to_initializers(graph: onnx.GraphProto) -> None:
@@ -208,19 +226,15 @@ def _densify(graph: onnx.GraphProto) -> None:
     del graph.sparse_initializer[:]
 
 
-def _name_nodes(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """Give every node, those of subgraphs too, a unique name; an exporter's name stays where it is unique."""
-    named: dict[str, onnx.NodeProto] = {}
-    for sub in _graphs(graph):
-        for node in sub.node:
-            name = node.name
-            if not name or name in named:
-                base = f"{node.op_type}_{next((o for o in node.output if o), 'x')}"
-                name = base if base not in named else next(
-                    f"{base}_{k}" for k in range(2, len(named) + 3) if f"{base}_{k}" not in named)
-            node.name = name
-            named[name] = node
-    return named
+def _forget_odd_kinds(graph: onnx.GraphProto, is_body: bool) -> None:
+    """Leave the runtime to infer which tensors are sequences or optionals: the graph library can't say it."""
+    kept = [v for v in graph.value_info if v.type.WhichOneof("value") in (None, "tensor_type")]
+    if len(kept) < len(graph.value_info):
+        del graph.value_info[:]
+        graph.value_info.extend(kept)
+    for value in [*graph.input, *graph.output] if is_body else []:
+        if value.type.WhichOneof("value") not in (None, "tensor_type"):
+            value.ClearField("type")
 
 
 def _infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -276,9 +290,9 @@ def _carried(attribute: onnx.AttributeProto) -> bool:
     kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
     if kind not in _CARRIED_KINDS:
         return False
-    if kind in ("FLOATS", "INTS", "STRINGS"):
-        return len(onnx.helper.get_attribute_value(attribute)) > 0
-    return kind != "STRING" or _is_text([attribute.s])
+    if kind in ("FLOATS", "INTS", "STRINGS") and not onnx.helper.get_attribute_value(attribute):
+        return False  # exported again, an empty list has no type
+    return _is_text([attribute.s, *attribute.strings])
 
 
 def _is_text(values: Iterable[bytes]) -> bool:

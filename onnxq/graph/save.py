@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import OutputError
 from onnxq.graph.graph import Graph
-from onnxq.graph.tensors import nbytes, read
+from onnxq.graph.names import with_bodies
+from onnxq.graph.tensors import is_text, nbytes, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
 _ALIGN = 4096  # offsets that can be memory-mapped
 _CHUNK = 16 << 20
+
+Fill = Callable[[IO[bytes]], Any]
 
 
 def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = None,
@@ -48,7 +52,8 @@ def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = No
 def to_proto(graph: Graph) -> onnx.ModelProto:
     """The model with what the graph library drops put back; weights as the library exports them."""
     model: onnx.ModelProto = gs.export_onnx(graph.ir)
-    for node in model.graph.node:
+    model.MergeFrom(graph.header)
+    for node in [n for g in with_bodies(model.graph) for n in g.node]:
         extra = graph.extras.get(node.name)
         if extra is None:
             continue
@@ -56,6 +61,7 @@ def to_proto(graph: Graph) -> onnx.ModelProto:
         node.doc_string = extra.doc_string
         for key, value in extra.metadata.items():
             node.metadata_props.add(key=key, value=value)
+    _store_once(model.graph)
     made = {t for node in model.graph.node for t in node.output} | {t.name for t in model.graph.initializer}
     model.graph.quantization_annotation.extend(a for a in graph.annotations if a.tensor_name in made)
     for key, value in graph.metadata.items():
@@ -65,33 +71,48 @@ def to_proto(graph: Graph) -> onnx.ModelProto:
 
 def _constants(ir: gs.Graph) -> Iterator[gs.Constant]:
     for sub in Graph._with_subgraphs(ir):
-        for node in sub.nodes:
-            yield from (t for t in node.inputs if isinstance(t, gs.Constant))
+        for tensors in [*(node.inputs for node in sub.nodes), sub.outputs]:
+            yield from (t for t in tensors if isinstance(t, gs.Constant))
+
+
+def _store_once(main: onnx.GraphProto) -> None:
+    """Keep a weight that several graphs read in the outermost one only; the library exports it with each."""
+    graphs = list(with_bodies(main))
+    readers = Counter(t.name for g in graphs for t in g.initializer)
+    here = {t.name for t in main.initializer}
+    for body in graphs[1:]:
+        for index in reversed(range(len(body.initializer))):
+            proto = body.initializer[index]
+            if readers[proto.name] == 1:
+                continue
+            if proto.name not in here:
+                main.initializer.append(proto)
+                here.add(proto.name)
+            del body.initializer[index]
 
 
 def _embed(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph) -> None:
-    for proto in model.graph.initializer:
+    for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
         if proto.data_location == onnx.TensorProto.EXTERNAL:
-            raw = read(constants[proto.name], graph.folder).tobytes()
+            raw = stored(constants[proto.name], graph.folder).tobytes()
             del proto.external_data[:]
             proto.data_location = onnx.TensorProto.DEFAULT
             proto.raw_data = raw
 
 
 def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph, name: str,
-                  file: object) -> None:
+                  file: IO[bytes]) -> None:
     """Stream every large weight into one data file, one tensor in memory at a time."""
-    stream = file
     offset = 0
-    for proto in model.graph.initializer:
-        tensor = constants.get(proto.name)
-        if tensor is None or nbytes(tensor) < EXTERNAL_SMALLEST:
+    for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
+        tensor = constants[proto.name]
+        if nbytes(tensor) < EXTERNAL_SMALLEST or is_text(tensor):
             continue
         offset = -(-offset // _ALIGN) * _ALIGN
-        values = memoryview(read(tensor, graph.folder).reshape(-1).view(np.uint8))
-        stream.seek(offset)  # type: ignore[attr-defined]
+        values = stored(tensor, graph.folder)
+        file.seek(offset)
         for start in range(0, len(values), _CHUNK):
-            stream.write(values[start:start + _CHUNK])  # type: ignore[attr-defined]
+            file.write(values[start:start + _CHUNK].tobytes())
         proto.ClearField("raw_data")
         for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
             proto.ClearField(typed)
@@ -103,11 +124,11 @@ def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], gra
 
 
 @contextlib.contextmanager
-def _written(path: Path):  # type: ignore[no-untyped-def]
+def _written(path: Path) -> Iterator[Callable[[str, Fill], None]]:
     """Collect files under temporary names in the target folder; rename all at the end, remove all on failure."""
     pending: list[tuple[str, Path]] = []
 
-    def write(name: str, fill) -> None:  # type: ignore[no-untyped-def]
+    def write(name: str, fill: Fill) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".onnxq-", dir=path.parent)
         pending.append((temporary, path.parent / name))
         with os.fdopen(handle, "wb") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +18,14 @@ from onnx import numpy_helper
 
 from onnxq.errors import ModelError
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
+
+# types of which several share a byte when stored; ONNX packs them from the low bits up
+_BITS: dict[int, int] = {
+    getattr(onnx.TensorProto, name): bits
+    for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
+    if hasattr(onnx.TensorProto, name)
+}
 
 
 def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int | None]:
@@ -39,23 +47,34 @@ def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int,
 
 
 def read_proto(proto: onnx.TensorProto, folder: Path) -> Array:
-    """The values of a TensorProto; external data are mapped, not read.
+    """The values of a TensorProto; external data are mapped, not read (types below a byte are read and unpacked).
 
     Raises ModelError when the external file is shorter than the tensor needs.
     """
     if proto.data_location != onnx.TensorProto.EXTERNAL:
         return numpy_helper.to_array(proto)
+    raw, shape = _map(proto, folder), tuple(proto.dims)
+    if proto.data_type in _BITS:
+        return numpy_helper.to_array(onnx.TensorProto(data_type=proto.data_type, dims=shape, raw_data=raw.tobytes()))
+    return raw.view(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(shape)
+
+
+def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
+    """The bytes of external data, mapped. Raises ModelError when the file is shorter than the tensor needs."""
     path, offset, length = external_location(proto, folder)
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type))
-    shape = tuple(proto.dims)
-    count = int(np.prod(shape, dtype=np.int64))
-    wanted = count * dtype.itemsize
+    wanted = _stored_size(proto.data_type, tuple(proto.dims))
     if os.path.getsize(path) < offset + wanted or (length is not None and length < wanted):
-        raise ModelError(f"the external data of {proto.name!r} are shorter than its shape {list(shape)} needs; "
+        raise ModelError(f"the external data of {proto.name!r} are shorter than its shape {list(proto.dims)} needs; "
                          "copy or export the model again")
-    if count == 0:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+    if wanted == 0:
+        return np.empty(0, np.uint8)
+    return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
+
+
+def _stored_size(data_type: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a file."""
+    bits = _BITS.get(data_type) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type)).itemsize
+    return -(-int(np.prod(shape, dtype=np.int64)) * bits // 8)
 
 
 def is_constant(tensor: gs.Tensor | None) -> bool:
@@ -73,25 +92,44 @@ def read(tensor: gs.Tensor, folder: Path) -> Array:
     return read_proto(values.tensor, folder)
 
 
-def nbytes(tensor: gs.Constant) -> int:
-    """Bytes that the constant's values take when stored."""
+def stored(tensor: gs.Constant, folder: Path) -> NDArray[np.uint8]:
+    """The bytes [n] of a constant as an external data file holds them; types below a byte are packed."""
     values = tensor._values
-    return int(values.nbytes)
+    if not isinstance(values, np.ndarray) and values.tensor.data_location == onnx.TensorProto.EXTERNAL:
+        return _map(values.tensor, folder)
+    values = read(tensor, folder)
+    if onnx.helper.np_dtype_to_tensor_dtype(values.dtype) in _BITS:
+        return np.frombuffer(as_proto(tensor.name, values).raw_data, np.uint8)
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def is_text(tensor: gs.Constant) -> bool:
+    """Whether the constant holds strings, which only the model file itself can store."""
+    return bool(np.dtype(object) == tensor._values.dtype)
+
+
+def nbytes(tensor: gs.Constant) -> int:
+    """Bytes that the constant's values take when stored; of strings, those of their pointers."""
+    values = tensor._values
+    if isinstance(values, np.ndarray) or is_text(tensor):
+        return int(values.nbytes)
+    return _stored_size(values.tensor.data_type, tuple(values.shape))
 
 
 def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
     """Dimensions of a tensor, names and None where they are free; None when even the rank is unknown."""
     if isinstance(tensor, gs.Constant):
         return tuple(int(d) for d in tensor._values.shape)
-    return None if tensor.shape is None else tuple(d if d != "" else None for d in tensor.shape)
+    if tensor.shape is None:
+        return None
+    # some exporters write a free dimension as -1
+    return tuple(None if d == "" or (isinstance(d, int) and d < 0) else d for d in tensor.shape)
 
 
 def dtype_of(tensor: gs.Tensor) -> np.dtype[np.generic] | None:
     """Element type as a numpy dtype, None when unknown or when numpy has no such type."""
     dtype = tensor._values.dtype if isinstance(tensor, gs.Constant) else tensor.dtype
-    if dtype is None or isinstance(dtype, int):
-        return None
-    return np.dtype(dtype)
+    return None if dtype is None or isinstance(dtype, int) else np.dtype(dtype)
 
 
 def as_proto(name: str, values: Array) -> onnx.TensorProto:

@@ -54,7 +54,7 @@ class Pass:
     name: ClassVar[str] = ""
 
     def run(self, graph: Graph, context: Context) -> bool:
-        """Rewrite the graph; whether anything changed. Bodies of If/Loop are left alone unless a pass says otherwise."""
+        """Rewrite the graph; whether anything changed. A pass that says nothing else leaves bodies of If/Loop alone."""
         changed = False
         for node in graph.nodes:
             if len(node.outputs):  # a node that an earlier visit removed has none

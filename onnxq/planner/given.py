@@ -23,9 +23,9 @@ def is_quantized(node: Node) -> bool:
 def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) -> list[NodePlan]:
     """Verdicts on a float operator between the model's own DQ and Q, and on a Relu or Clip that its kernel absorbs.
 
-    Empty where not all it reads comes from a DequantizeLinear, or no Q follows (a MatMul or Gemm needs none). A
-    Conv or Gemm of float weights is quantized, too: the runtime makes codes of them. A Relu is absorbed only where code 0 stands
-    for 0.
+    Empty where not all it reads comes from a DequantizeLinear, or no Q follows (a MatMul or Gemm needs none). A Conv or
+    Gemm of float weights is quantized, too: the runtime makes codes of them. A Relu is absorbed only where code 0
+    stands for 0.
     """
     if not data or not all(_from_codes(graph, t) for t in data):
         return []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, Tensor, dtype_of, shape_of
+from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, GIVEN, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
@@ -61,6 +61,8 @@ class _Outliner:
         self._weighted_nodes()
         self._join()
         self._leave()
+        while self._let_go():
+            self._leave()
         return self._static()
 
     # -------------------------------------------------------------- who may
@@ -162,6 +164,17 @@ class _Outliner:
                 del self.chains[node.name]
                 self.reasons[node.name] = "its result is read by float operators only"
 
+    def _let_go(self) -> bool:
+        """Arithmetic beside a linear layer whose result is float after all is float, too; whether there was any."""
+        codes = {self.chains[n.name].result.name for n in self.int_nodes.values() if self._int_result(n)}
+        gone = [n for n in self.int_nodes.values() if n.op in JOINING - SAME_SCALE
+                and not all(t.name in codes for t in self._data_inputs(n))]
+        for node in gone:
+            del self.int_nodes[node.name]
+            del self.chains[node.name]
+            self.reasons[node.name] = "not everything it reads is made as int8"
+        return bool(gone)
+
     def _reads_codes(self, user: Node, tensor: Tensor) -> bool:
         return user.name in self.int_nodes and any(t is tensor for t in self._data_inputs(user))
 
@@ -169,7 +182,9 @@ class _Outliner:
         """Inputs that carry activations (a Reshape's shape and a Conv's weight do not)."""
         if node.op in ("Add", "Concat", "Mul"):
             return list(node.inputs)
-        return list(node.inputs[1:] if node.op == "Where" else node.inputs[:1])
+        if node.op == "Where":
+            return [t for t in node.inputs[1:] if not is_constant(t)]
+        return list(node.inputs[:1])
 
     def _misfit(self, node: Node) -> str | None:
         """Why an integer kernel does not take this form of its operator; None when it does."""
@@ -177,6 +192,8 @@ class _Outliner:
             return "its indices are read, which the int8 kernel does not give"
         if node.op == "AveragePool" and any(d != 1 for d in node.attrs.get("dilations", ())):
             return "the int8 kernel knows no dilations"
+        if node.op == "AveragePool" and node.attrs.get("ceil_mode", 0) and node.attrs.get("count_include_pad", 0):
+            return "the int8 kernel counts other elements where a window hangs over the padding"
         if not all(dtype_of(t) in (None, np.float32) for t in self._data_inputs(node)):
             return "it does not work on float32"
         return None

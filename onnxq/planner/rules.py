@@ -36,8 +36,8 @@ def verdicts(graph: Graph, recipe: Recipe) -> dict[str, str]:
     kept: dict[str, str] = {}
     unmatched = set(recipe.fallback.keep_float)
     known: list[str] = []
-    for node in graph.nodes:
-        names = names_of(graph, node)
+    for node, holder in graph.walk():  # those in bodies are float anyway, but may be named
+        names = names_of(holder, node)
         known += names
         for glob in recipe.fallback.keep_float:
             if matches(glob, names):

@@ -29,6 +29,8 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
         dtype = by_name(spec.dtype)
         for name in found.ranges_of:
             low, high = ranges[name]
+            if low == high == 0.0:
+                high = 1.0  # nothing was seen; a scale of 1 would make the biases behind it coarse
             plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
         for name, source in found.same_as.items():  # sources come first: nodes are in execution order
             plan.activations[name] = plan.activations[source]

@@ -124,7 +124,7 @@ def test_damaged_npy(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no \.npz or \.npy files"):
+    with pytest.raises(DataError, match=r"no \.npz, \.npy or image files"):
         open_data(tmp_path, [X])
     np.save(tmp_path / "y.npy", floats(9, 3))
     with pytest.raises(DataError, match="has 'y'"):
@@ -337,7 +337,10 @@ def test_random_is_the_word_and_not_the_path(tmp_path: Path, monkeypatch: pytest
 
 
 def test_nothing_else_is_data(tmp_path: Path) -> None:
-    kinds = "DATA is an .npz file, a folder of .npz or .npy files, module:function or the word random"
+    kinds = (
+        "DATA is an .npz file, a folder of .npz, .npy or image files, a .txt or .jsonl text, module:function or the "
+        "word random"
+    )
     np.save(tmp_path / "x.npy", floats(2, 3))
     for spec, end in {
         str(tmp_path / "absent.npz"): "absent.npz', which is missing",

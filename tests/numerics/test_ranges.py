@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxq.errors import UsageError
-from onnxq.numerics import ranges
-from onnxq.numerics.ranges import MinMax, Percentile, make
+from onnxq.numerics import histogram
+from onnxq.numerics.dtypes import INT8, UINT8
+from onnxq.numerics.ranges import MSE, Entropy, MinMax, Percentile, make
 
 no_deadline = settings(deadline=None)
 # Wide enough for many doublings, narrow enough that x / bin width never underflows.
@@ -22,8 +23,17 @@ BATCHES = st.lists(
 EXACT_PERCENT = st.sampled_from([100.0, 98.4375, 93.75, 75.0, 50.0])
 
 
-def both():
-    return [MinMax(), Percentile(), Percentile(percent=100), Percentile(percent=50, bins=4)]
+METHODS = {
+    "minmax": {}, "moving-average": {}, "percentile": {"percent": 100}, "entropy": {}, "mse": {},
+}
+
+
+def every():
+    return [make(method, **options) for method, options in METHODS.items()]
+
+
+def plain(running):
+    return type(running).__name__
 
 
 def folded(batches, **options):
@@ -40,7 +50,7 @@ def kth_values(values, percent):
     return ordered[rank - 1], ordered[-rank]
 
 
-@pytest.mark.parametrize("running", both(), ids=repr)
+@pytest.mark.parametrize("running", [*every(), Percentile(percent=50, bins=4)], ids=plain)
 def test_nothing_gives_zero(running):
     assert running.result() == (0.0, 0.0)
     running.update(np.zeros((0, 3), np.float32))
@@ -72,7 +82,7 @@ def test_minmax_does_not_depend_on_the_order(batches, random):
 
 
 @pytest.mark.parametrize("values", [[1.0, 3.0], [-3.0, -1.0], [-0.0], [0.0]])
-@pytest.mark.parametrize(("method", "options"), [("minmax", {}), ("percentile", {"percent": 100})])
+@pytest.mark.parametrize(("method", "options"), METHODS.items())
 def test_results_contain_a_positive_zero(method, options, values):
     running = make(method, **options)
     running.update(np.array(values, np.float32))
@@ -86,7 +96,7 @@ def test_results_contain_a_positive_zero(method, options, values):
 
 
 def test_infinities_are_counted_and_ignored():
-    for running in (MinMax(), Percentile(percent=100)):
+    for running in every():
         running.update(np.array([[np.inf, -2.0], [3.0, -np.inf]], np.float32))
         running.update(np.array([np.inf], np.float16))
         assert running.result() == (-2.0, 3.0)
@@ -95,7 +105,7 @@ def test_infinities_are_counted_and_ignored():
 
 
 def test_only_infinities_give_zero():
-    for running in (MinMax(), Percentile()):
+    for running in every():
         running.update(np.array([np.inf, -np.inf], np.float32))
         assert running.result() == (0.0, 0.0)
         assert running.count == 0
@@ -103,14 +113,16 @@ def test_only_infinities_give_zero():
 
 @pytest.mark.parametrize("bad", [[np.nan, 9.0], [9.0, np.inf, np.nan, -np.inf]])
 def test_nan_is_refused_and_changes_nothing(bad):
-    for running in (MinMax(), Percentile(percent=100)):
+    for running, spared in zip(every(), every(), strict=True):
         running.update(np.array([-1.0, 2.0], np.float32))
         with pytest.raises(ValueError, match="holds NaN"):
             running.update(np.array(bad, np.float32))
         assert running.result() == (-1.0, 2.0)
         assert (running.count, running.infinite) == (2, 0)
         running.update(np.array([4.0], np.float32))
-        assert running.result() == (-1.0, 4.0)
+        for batch in ([-1.0, 2.0], [4.0]):
+            spared.update(np.array(batch, np.float32))
+        assert running.result() == spared.result()
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "int64", "float16", "float32", "float64", "bool"])
@@ -118,7 +130,7 @@ def test_all_dtypes(dtype):
     values = (
         np.array([[0, 1], [1, 1]]).astype(dtype) if dtype == "bool" else np.array([[3, 100], [7, 50]]).astype(dtype)
     )
-    for running in (MinMax(), Percentile(percent=100)):
+    for running in every():
         running.update(values)
         assert running.result() == (0.0, float(values.max()))
         assert running.count == 4
@@ -147,12 +159,12 @@ def test_percentile_is_within_a_bin_of_the_value_of_its_rank(batches, percent, b
         return
     low, high = running.result()
     expected_low, expected_high = kth_values(everything, percent)
-    assert abs(low - min(expected_low, 0.0)) <= running.bin_width
-    assert abs(high - max(expected_high, 0.0)) <= running.bin_width
+    assert abs(low - min(expected_low, 0.0)) <= running.histogram.bin_width
+    assert abs(high - max(expected_high, 0.0)) <= running.histogram.bin_width
     assert min(float(everything.min()), 0.0) <= low <= 0.0 <= high <= max(float(everything.max()), 0.0)
     largest = float(np.abs(everything).max())
     if largest:  # r is the smallest power of two that holds the values
-        assert largest <= running.bin_width * bins / 2 < 2 * largest
+        assert largest <= running.histogram.bin_width * bins / 2 < 2 * largest
 
 
 @no_deadline
@@ -185,8 +197,8 @@ def test_percentile_against_numpy(percent, distribution):
     running = folded(np.array_split(x, 7), percent=percent)
     tail = (100 - percent) / 2
     low, high = running.result()
-    assert low == pytest.approx(min(np.percentile(x, tail), 0), abs=running.bin_width)
-    assert high == pytest.approx(max(np.percentile(x, 100 - tail), 0), abs=running.bin_width)
+    assert low == pytest.approx(min(np.percentile(x, tail), 0), abs=running.histogram.bin_width)
+    assert high == pytest.approx(max(np.percentile(x, 100 - tail), 0), abs=running.histogram.bin_width)
 
 
 def test_both_tails_lose_the_same_mass():
@@ -202,7 +214,7 @@ def test_interpolation_within_a_bin():
     # Four bins of width 2 over [-4, 4): eight values in [0, 2), one in [2, 4) and one in [-4, -2).
     x = np.array([0.5] * 8 + [4.0 - 1e-6, -4.0], np.float32)
     running = folded([x], percent=60.0, bins=4)
-    assert running.bin_width == 2.0
+    assert running.histogram.bin_width == 2.0
     # t = 2 from each side: one value outside, then the first of eight within [0, 2).
     low, high = running.result()
     assert low == 0.0  # 0 + 1/8 * 2, widened to 0
@@ -210,12 +222,12 @@ def test_interpolation_within_a_bin():
 
 
 def test_a_batch_larger_than_a_chunk_loses_no_value():
-    x = np.random.default_rng(6).standard_normal(2 * ranges.CHUNK + 17).astype(np.float32)
+    x = np.random.default_rng(6).standard_normal(2 * histogram.CHUNK + 17).astype(np.float32)
     running = folded([x], percent=80.0)
     low, high = running.result()
     assert running.count == x.size
-    assert low == pytest.approx(np.percentile(x, 10), abs=running.bin_width)
-    assert high == pytest.approx(np.percentile(x, 90), abs=running.bin_width)
+    assert low == pytest.approx(np.percentile(x, 10), abs=running.histogram.bin_width)
+    assert high == pytest.approx(np.percentile(x, 90), abs=running.histogram.bin_width)
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e30, 3.4e38])
@@ -223,8 +235,8 @@ def test_extreme_magnitudes(scale):
     x = (np.linspace(-1, 1, 1001) * scale).astype(np.float32)
     running = folded([x, np.zeros(3, np.float32)], percent=90.0)
     low, high = running.result()
-    assert low == pytest.approx(-0.9 * scale, abs=running.bin_width)
-    assert high == pytest.approx(0.9 * scale, abs=running.bin_width)
+    assert low == pytest.approx(-0.9 * scale, abs=running.histogram.bin_width)
+    assert high == pytest.approx(0.9 * scale, abs=running.histogram.bin_width)
     assert float(x.min()) <= low
     assert high <= float(x.max())
     assert running.count == x.size + 3
@@ -238,7 +250,7 @@ def test_growth_from_tiny_to_huge_values():
     assert running.count == 10
 
 
-@pytest.mark.parametrize("running", [MinMax(), Percentile()], ids=["minmax", "percentile"])
+@pytest.mark.parametrize("running", every(), ids=plain)
 def test_memory_does_not_grow_with_the_batches(running):
     x = np.random.default_rng(7).standard_normal(100_000).astype(np.float32)
     running.update(x)
@@ -255,25 +267,71 @@ def test_memory_does_not_grow_with_the_batches(running):
 
 def test_update_leaves_the_batch_alone():
     x = np.array([1.0, np.inf, -3.0], np.float32)
-    for running in both():
+    for running in every():
         running.update(x)
     np.testing.assert_array_equal(x, np.array([1.0, np.inf, -3.0], np.float32))
 
 
+@no_deadline
+@given(BATCHES, st.sampled_from(list(METHODS)))
+def test_every_result_contains_zero_and_lies_within_the_true_range(batches, method):
+    running = make(method)
+    for batch in batches:
+        running.update(batch)
+    everything = np.concatenate([np.zeros(1, np.float32), *(batch.ravel() for batch in batches)])
+    low, high = running.result()
+    assert everything.min() <= low <= 0.0 <= high <= everything.max()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-30, 1.0, 3.4e38, 1e300])
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_values_of_any_magnitude_keep_their_range(method, scale):
+    for value in (scale, -scale):
+        running = make(method)
+        running.update(np.full(1000, value, np.float64 if scale > 1e39 else np.float32))
+        low, high = running.result()
+        stored = value if scale > 1e39 else float(np.float32(value))
+        assert (low, high) == pytest.approx((min(stored, 0.0), max(stored, 0.0)), rel=1e-3, abs=0)
+
+
+@no_deadline
+@given(BATCHES, BATCHES, st.sampled_from([method for method in METHODS if method != "moving-average"]))
+def test_merging_equals_feeding_everything_to_one(ours, theirs, method):
+    merged, other, one = make(method), make(method), make(method)
+    for running, batches in ((merged, ours), (other, theirs), (one, [*ours, *theirs])):
+        for batch in batches:
+            running.update(batch)
+    untouched = other.result()
+    merged.merge(other)
+    assert merged.result() == one.result()
+    assert (merged.count, merged.infinite) == (one.count, one.infinite)
+    assert other.result() == untouched
+
+
 def test_make():
     assert isinstance(make("minmax"), MinMax)
+    assert make("moving-average", constant=0.5).constant == 0.5
+    for method, kind in (("entropy", Entropy), ("mse", MSE)):
+        made = make(method, dtype=INT8, symmetric=True, bins=512)
+        assert isinstance(made, kind)
+        assert (made.dtype, made.symmetric, made.histogram.bins) == (INT8, True, 512)
+        assert (kind().dtype, kind().symmetric, kind().histogram.bins) == (UINT8, False, 2048)
     made = make("percentile", percent=99.0, bins=512)
     assert isinstance(made, Percentile)
-    assert (made.percent, made.bins) == (99.0, 512)
-    assert (Percentile().percent, Percentile().bins) == (99.999, 2048)
+    assert (made.percent, made.histogram.bins) == (99.0, 512)
+    assert (Percentile().percent, Percentile().histogram.bins) == (99.999, 2048)
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("entropy", {}, "unknown range method 'entropy'; use one of minmax, percentile"),
+        ("median", {}, "unknown range method 'median'; use one of minmax, moving-average, percentile, entropy, mse"),
         ("minmax", {"percent": 99.0}, "'minmax' does not know the option 'percent'; it takes no options"),
         ("percentile", {"bin": 9}, "'percentile' does not know the option 'bin'; it takes percent, bins"),
+        ("mse", {"percent": 99.0}, "'mse' does not know the option 'percent'; it takes dtype, symmetric, bins"),
+        ("moving-average", {"constant": 0.0}, "constant is 0.0; use"),
+        ("moving-average", {"constant": 1.5}, "constant is 1.5; use"),
+        ("entropy", {"bins": 1000}, "bins is 1000; use a power of two"),
         ("percentile", {"percent": 0.0}, "percent is 0.0; use"),
         ("percentile", {"percent": 101}, "percent is 101; use"),
         ("percentile", {"percent": math.nan}, "percent is nan; use"),

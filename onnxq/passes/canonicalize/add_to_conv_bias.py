@@ -31,7 +31,7 @@ class AddToConvBias(Pass):
         conv = graph.producer(source)
         if conv is None or conv.op != "Conv" or conv.domain or not is_constant(conv.inputs[1]):
             return False
-        if graph.only_consumer(source) is not node:
+        if graph.only_consumer(source) is None:
             return context.skip(node, f"the result of {conv.name} is read elsewhere too")
         dims = shape_of(conv.inputs[1]) or ()
         channels, rank = int(dims[0] or 0), len(dims)
@@ -39,12 +39,12 @@ class AddToConvBias(Pass):
         padded = (1,) * (rank - added.ndim) + added.shape
         if len(padded) != rank or padded[1] not in (1, channels) or any(d != 1 for k, d in enumerate(padded) if k != 1):
             return context.skip(node, "what it adds is not one number per channel")
-        bias = np.broadcast_to(added.reshape(-1), (channels,)).astype(np.float32)
+        bias = np.broadcast_to(added.reshape(-1), (channels,))
         if len(conv.inputs) > 2 and conv.inputs[2].name:
             if not is_constant(conv.inputs[2]):
                 return context.skip(node, "the Conv's own bias is computed")
             bias = bias + np.asarray(graph.read(conv.inputs[2]))
-        tensor = graph.constant(f"{conv.name}.bias.added", bias)
+        tensor = graph.constant(f"{node.name}.bias.added", bias)  # not after the Conv: a second Add may follow
         if len(conv.inputs) > 2:
             conv.inputs[2] = tensor
         else:

@@ -15,7 +15,8 @@ from onnxq.passes.manager import Context, Pass
 class FoldBatchNorm(Pass):
     """BN(Conv(x, W) + b) -> Conv(x, W * g) + (b - mean) * g + beta with g = gamma / sqrt(var + epsilon) per channel.
 
-    W is [M, ...] (Conv), [C, M/group, ...] (ConvTranspose) or [K, M] ([M, K] with transB; Gemm), all float32.
+    W is [M, ...] (Conv), [C, M, ...] (ConvTranspose) or [K, M] ([M, K] with transB; Gemm); computed in float64, stored
+    in W's type. A Gemm's beta goes into its bias, which keeps its form ([M], [1, M], [N, 1] ...) where it has one.
     Source: ONNX BatchNormalization-9 to -15 in inference.
     """
 
@@ -31,7 +32,7 @@ class FoldBatchNorm(Pass):
         producer = graph.producer(source)
         if producer is None or producer.op not in ("Conv", "ConvTranspose", "Gemm") or producer.domain:
             return context.skip(node, "what feeds it has no weights to fold into")
-        if graph.only_consumer(source) is not node:
+        if graph.only_consumer(source) is None:
             return context.skip(node, f"the result of {producer.name} is read elsewhere too")
         stored = [*producer.inputs[1:], *node.inputs[1:]]
         if not all(is_constant(t) for t in stored if t.name):
@@ -50,18 +51,18 @@ class FoldBatchNorm(Pass):
         channels = len(gain)
         old_bias = np.zeros(channels) if bias is None or not bias.name else np.asarray(graph.read(bias), np.float64)
         if producer.op == "Gemm":
-            old_bias = np.broadcast_to(old_bias * float(producer.attrs.pop("beta", 1.0)), (channels,)) \
-                if old_bias.size in (1, channels) else old_bias
+            old_bias = old_bias * float(producer.attrs.pop("beta", 1.0))
         shape = [1] * len(shape_of(weight) or ())
         shape[_channel_axis(producer)] = channels
-        folded = (np.asarray(graph.read(weight), np.float64) * gain.reshape(shape)).astype(np.float32)
+        values = np.asarray(graph.read(weight))
+        folded = (values.astype(np.float64) * gain.reshape(shape)).astype(values.dtype)
         result = node.outputs[0]
         # a weight that several layers share is folded once for each
         shared = len(graph.consumers(weight)) > 1
         name = f"{weight.name}.{producer.name}.bn" if shared else f"{weight.name}.bn"
         self._put(producer, 1, graph.constant(name, folded))
-        new_bias = ((old_bias - mean) * gain + beta).astype(np.float32)
-        self._put(producer, 2, graph.constant(f"{producer.name}.bias.bn", new_bias))
+        new_bias = ((old_bias - mean) * gain + beta).astype(values.dtype)
+        self._put(producer, 2, graph.constant(f"{node.name}.bias.bn", new_bias))
         graph.remove(node)
         graph.set_output(producer, 0, result)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, is_constant, shape_of
+from onnxq.graph import Graph, Node, dtype_of, is_constant, shape_of
 from onnxq.passes.manager import Context, Pass
 
 # random or stateful, or a deliberate quantization that must stay visible
@@ -21,7 +22,8 @@ _NEVER = frozenset({
 class FoldConstants(Pass):
     """Compute nodes whose inputs are all stored, where the result stays below `max_bytes`.
 
-    Also Shape of a tensor with fixed dimensions. Values come from onnx's reference implementation.
+    Also Shape of a tensor with fixed dimensions. Values come from onnx's reference implementation; where their type is
+    not the declared one or none of NumPy's own, the node stays.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -42,18 +44,23 @@ class FoldConstants(Pass):
             dims = shape_of(node.inputs[0])
             if dims is None or not all(isinstance(d, int) for d in dims):
                 return False
-            values = [np.asarray(dims, np.int64)]
+            values: list[np.ndarray[Any, Any]] = [np.asarray(dims, np.int64)]
         elif not all(is_constant(t) or not t.name for t in node.inputs):
             return False
         else:
             if self._too_large(node, graph):
                 return context.skip(node, f"its result is larger than {self.max_bytes} bytes")
             try:
-                values = list(graph.evaluate(node))
+                values = graph.evaluate(node)
             except Exception as e:
                 return context.skip(node, f"the reference implementation can't run it: {e}")
         if sum(v.nbytes for v in values) > self.max_bytes:
             return context.skip(node, f"its result is larger than {self.max_bytes} bytes")
+        for tensor, value in zip(node.outputs, values, strict=True):
+            if value.dtype.kind not in "biuf":
+                return context.skip(node, "its result is text or of a type that NumPy lacks")
+            if dtype_of(tensor) not in (None, value.dtype):
+                return context.skip(node, f"the reference implementation gives {value.dtype}, not {dtype_of(tensor)}")
         for tensor, value in zip(list(node.outputs), values, strict=True):
             if tensor.name:
                 graph.redirect(tensor, graph.constant(f"{tensor.name}.folded", value))
@@ -61,12 +68,12 @@ class FoldConstants(Pass):
         return True
 
     def _too_large(self, node: Node, graph: Graph) -> bool:
-        """Known before computing: the output's declared shape, or the asked-for shape of a filler."""
-        dims = shape_of(node.outputs[0])
-        if node.op in ("ConstantOfShape", "Expand", "Tile") and len(node.inputs):
-            asked = np.asarray(graph.read(node.inputs[-1])).reshape(-1)
-            if node.op == "ConstantOfShape":
-                dims = tuple(int(d) for d in asked)
+        """Known before computing: the output's declared shape, or the shape that a filler is asked for."""
+        result = node.outputs[0]
+        dims = shape_of(result)
+        if node.op == "ConstantOfShape" or (node.op == "Expand" and dims is None):
+            dims = tuple(np.asarray(graph.read(node.inputs[-1])).tolist())
         if dims is None or not all(isinstance(d, int) for d in dims):
             return False
-        return int(np.prod([int(d or 0) for d in dims], dtype=np.int64)) * 4 > self.max_bytes
+        dtype = dtype_of(result)
+        return math.prod(int(d or 0) for d in dims) * (dtype.itemsize if dtype is not None else 4) > self.max_bytes

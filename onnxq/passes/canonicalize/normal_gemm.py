@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, is_constant
+from onnxq.graph import Graph, Node, dtype_of, is_constant
 from onnxq.passes.manager import Context, Pass
 
 
@@ -31,6 +31,9 @@ class NormalGemm(Pass):
             return context.skip(node, "its activation is transposed")
         if not is_constant(node.inputs[1]) or (bias is not None and not is_constant(bias)):
             return context.skip(node, "its weights are computed")
+        dtype = dtype_of(node.inputs[1])
+        if dtype != np.float32:
+            return context.skip(node, f"its weights are {dtype}")
         columns = np.shape(graph.read(node.inputs[1]))[0 if trans_b else 1]
         added = np.asarray(graph.read(bias)) if bias is not None else None
         if added is not None and (added.size not in (1, columns) or (added.ndim == 2 and added.shape[0] != 1)):

@@ -35,7 +35,11 @@ class ShareDuplicates(Pass):
         for group in alike.values():
             first: dict[str, Tensor] = {}
             for tensor in group if len(group) > 1 else []:
-                digest = hashlib.sha256(np.ascontiguousarray(graph.read(tensor)).tobytes()).hexdigest()
+                values = np.ascontiguousarray(graph.read(tensor))
+                if values.dtype.kind == "O":
+                    continue  # texts: their bytes here are pointers
+                # types that the graph library can't name (float8) share a group: the values tell them apart
+                digest = f"{values.dtype} {hashlib.sha256(values.tobytes()).hexdigest()}"
                 kept = first.setdefault(digest, tensor)
                 if kept is not tensor and not graph.is_output(tensor):
                     graph.redirect(tensor, kept)

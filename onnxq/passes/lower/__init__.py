@@ -7,6 +7,7 @@ from onnxq.passes.lower.fence_float import FenceFloat
 from onnxq.passes.lower.qlinear_conv import LowerConv
 from onnxq.passes.lower.qlinear_linear import LowerLinear
 from onnxq.passes.lower.qlinear_others import LowerJoining
+from onnxq.passes.lower.separate_linear import SeparateLinear
 from onnxq.passes.lower.shed_dequantize import ShedDequantize
 from onnxq.passes.manager import Pass
 
@@ -14,5 +15,5 @@ from onnxq.passes.manager import Pass
 def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
     if output_format == "qdq":
-        return [FenceFloat()]
+        return [SeparateLinear(), FenceFloat()]
     return [LowerConv(), LowerLinear(), LowerJoining(), LowerDynamicMatMul(), ShedDequantize(), FenceFloat()]

@@ -35,7 +35,8 @@ class LowerDynamicMatMul(Pass):
         if quantize is None or quantize.op != "DynamicQuantizeLinear" or scale is None or scale.op != "Mul":
             return context.skip(node, "the operators around it are not those that onnxq wrote")
         factor = graph.producer(scale.inputs[1])
-        assert cast is not None and factor is not None
+        assert cast is not None
+        assert factor is not None
         result, bias, gone = scale.outputs[0], None, [scale, cast]
         add = graph.only_consumer(result)
         if add is not None and add.name in (verdict.bias_add, f"{node.name}/bias"):

@@ -5,17 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxq.graph import Graph, Node, is_constant
+from onnxq.graph import Graph, Node, Tensor, is_constant
 from onnxq.passes.lower.pattern import DEQUANTIZE, QUANTIZE
 from onnxq.passes.manager import Context, Pass
+
+# data movement that the runtime moves Q and DQ across
+_CROSSED = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
 class FenceFloat(Pass):
-    """DQ -> op -> Q  =>  DQ -> op -> Sum -> Q, where the Plan keeps op float.
+    """DQ -> op -> Q  =>  DQ -> op -> Sum -> Q, where the Plan keeps op float; MatMul and Gemm get DQ -> Sum -> op.
 
     The runtime rewrites DQ -> op -> Q to an integer kernel whatever the Plan says, and even quantizes a Conv's float
-    weights. A Sum of one tensor is the identity, no rewrite of the runtime matches it, and it costs one copy.
+    weights; MatMul and Gemm of two DQ it rewrites without a Q, too. Before that it moves Q and DQ through data movement
+    (its QDQPropagation). A Sum of one tensor is the identity, no rewrite of the runtime matches it, and it costs one
+    copy.
     """
 
     name: ClassVar[str] = "fence-float"
@@ -25,13 +30,22 @@ class FenceFloat(Pass):
         verdict, target = context.plan.node(node.name), context.target
         if verdict is None or verdict.scheme != "float" or target is None or node.op not in target.pairs_with_q:
             return False
-        data = [t for t in node.inputs if t.name and not is_constant(t)]
-        makers = [graph.producer(t) for t in data]
-        if not data or any(m is None or m.op != DEQUANTIZE for m in makers):
+        if node.domain:
+            return False
+        data = [k for k, t in enumerate(node.inputs) if t.name and not is_constant(t)]
+        data = [k for k in data if (node.op, k) != ("Where", 0)]
+        if not data or not all(self._from_dq(graph, node.inputs[k]) for k in data):
             return False
         last = self._before_q(graph, node)
-        if last is None:
+        if last is None and (node.op not in ("Gemm", "MatMul") or len(data) < 2):
             return False
+        if node.op in ("Gemm", "MatMul"):
+            source = node.inputs[data[0]]
+            fenced = graph.like(source, f"{node.name}.fenced", "float32")
+            graph.add_node("Sum", f"{node.name}/fence", [source], [fenced])
+            graph.replace_input(node, data[0], fenced)
+            return True
+        assert last is not None
         result = last.outputs[0]
         before = graph.like(result, f"{result.name}.unfenced", "float32")
         graph.set_output(last, 0, before)
@@ -39,10 +53,24 @@ class FenceFloat(Pass):
         return True
 
     @staticmethod
-    def _before_q(graph: Graph, node: Node) -> Node | None:
-        """The last node before Q: the node itself, or a Relu or Clip that the runtime would absorb."""
+    def _from_dq(graph: Graph, tensor: Tensor) -> bool:
+        maker = graph.producer(tensor)
+        while maker is not None and maker.op in _CROSSED:
+            maker = graph.producer(maker.inputs[0])
+        return maker is not None and maker.op == DEQUANTIZE
+
+    def _before_q(self, graph: Graph, node: Node) -> Node | None:
+        """The last node before Q: the node itself, or what the runtime would absorb (a bias Add, a Relu or Clip)."""
+        last = self._past(graph, node, ("Add",)) if node.op == "MatMul" else node
+        last = self._past(graph, last, ("Clip", "Relu"))
+        return last if self._reaches_q(graph, last.outputs[0]) else None
+
+    @staticmethod
+    def _past(graph: Graph, node: Node, ops: tuple[str, ...]) -> Node:
         users = graph.consumers(node.outputs[0])
-        if len(users) == 1 and users[0].op in ("Relu", "Clip"):
-            node = users[0]
-            users = graph.consumers(node.outputs[0])
-        return node if users and all(u.op == QUANTIZE for u in users) else None
+        return users[0] if len(users) == 1 and users[0].op in ops else node
+
+    def _reaches_q(self, graph: Graph, tensor: Tensor) -> bool:
+        users = graph.consumers(tensor)
+        return bool(users) and all(
+            u.op == QUANTIZE or (u.op in _CROSSED and self._reaches_q(graph, u.outputs[0])) for u in users)

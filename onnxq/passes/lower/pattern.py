@@ -13,11 +13,13 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 @dataclass
 class Codes:
-    """A tensor of codes with its scale and zero point (all tensors of the graph)."""
+    """A tensor of codes with its scale and zero point (all tensors of the graph), and the axis of several scales."""
 
     q: Tensor
     scale: Tensor
     zero_point: Tensor
+    axis: int = 1
+    block_size: int = 0
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -39,7 +41,11 @@ def read(graph: Graph, tensor: Tensor) -> Codes | None:
     node = graph.producer(tensor)
     if node is None or node.op != DEQUANTIZE or len(node.inputs) < 3 or not node.inputs[2].name:
         return None
-    return Codes(node.inputs[0], node.inputs[1], node.inputs[2])
+    return _codes(node, node.inputs[0])
+
+
+def _codes(node: Node, q: Tensor) -> Codes:
+    return Codes(q, node.inputs[1], node.inputs[2], node.attrs.get("axis", 1), node.attrs.get("block_size", 0))
 
 
 def per_tensor(codes: Codes | None) -> bool:
@@ -53,6 +59,38 @@ def unsigned(codes: Codes | None) -> bool:
     return codes is not None and dtype_of(codes.zero_point) == np.uint8
 
 
+def activation(codes: Codes | None) -> bool:
+    """Whether the codes are what kernels take and make: uint8 with one stored scale."""
+    return per_tensor(codes) and unsigned(codes)
+
+
+def weight(codes: Codes | None, axis: int) -> bool:
+    """Whether the codes are 8 bits with one stored scale, or one per channel along `axis` (-1: the last)."""
+    if codes is None or not is_constant(codes.scale) or dtype_of(codes.zero_point) not in (np.int8, np.uint8):
+        return False
+    scales, dims = shape_of(codes.scale), shape_of(codes.q)
+    if not is_constant(codes.zero_point) or codes.block_size or not scales:
+        return is_constant(codes.zero_point) and scales == ()
+    return dims is not None and len(scales) == 1 and codes.axis % len(dims) == axis % len(dims)
+
+
+def bias(graph: Graph, tensor: Tensor, x: Codes, w: Codes) -> Tensor | None:
+    """The int32 codes of a bias whose scale is that of the products, x_scale * w_scale; None for any other bias."""
+    node = graph.producer(tensor)
+    if node is None or node.op != DEQUANTIZE or not all(is_constant(t) for t in node.inputs):
+        return None
+    codes, scale = node.inputs[0], np.asarray(graph.read(node.inputs[1]), np.float32)
+    wanted = np.asarray(graph.read(x.scale), np.float32) * np.asarray(graph.read(w.scale), np.float32)
+    zero = len(node.inputs) < 3 or not np.any(graph.read(node.inputs[2]))
+    return codes if zero and dtype_of(codes) == np.int32 and np.allclose(scale, wanted, rtol=1e-5, atol=0) else None
+
+
+def same_scale(graph: Graph, a: Codes, b: Codes) -> bool:
+    """Whether codes mean the same numbers in both; a and b each have one scale, stored."""
+    return (bool(graph.read(a.scale) == graph.read(b.scale))
+            and bool(graph.read(a.zero_point) == graph.read(b.zero_point)))
+
+
 def stored(graph: Graph, tensor: Tensor, absorbed: frozenset[str] | set[str]) -> Stored | None:
     """The Q that alone reads a result, behind a Relu or Clip named in `absorbed` where there is one."""
     user = graph.only_consumer(tensor)
@@ -62,7 +100,7 @@ def stored(graph: Graph, tensor: Tensor, absorbed: frozenset[str] | set[str]) ->
         user = graph.only_consumer(clamp.outputs[0])
     if user is None or user.op != QUANTIZE or len(user.inputs) < 3:
         return None
-    return Stored(Codes(user.outputs[0], user.inputs[1], user.inputs[2]), user, clamp)
+    return Stored(_codes(user, user.outputs[0]), user, clamp)
 
 
 def finish(graph: Graph, old: Node, found: Stored | None, op: str, inputs: list[Tensor | None],

@@ -26,16 +26,16 @@ class LowerConv(Pass):
             return False
         x, w = pattern.read(graph, node.inputs[0]), pattern.read(graph, node.inputs[1])
         found = pattern.stored(graph, node.outputs[0], context.absorbed)
-        if x is None or w is None or not pattern.per_tensor(x) or not pattern.unsigned(x):
+        if x is None or w is None or not pattern.activation(x) or not pattern.weight(w, axis=0):
             return context.skip(node, "its input or weight is not behind a DequantizeLinear the kernel can take")
-        if found is None or not pattern.unsigned(found.codes):
+        if found is None or not pattern.activation(found.codes):
             return context.skip(node, "its result is not quantized to uint8 right behind it")
         bias: list[Tensor | None] = []
         if len(node.inputs) > 2 and node.inputs[2].name:
-            dequantize = graph.producer(node.inputs[2])
-            if dequantize is None or dequantize.op != pattern.DEQUANTIZE:
-                return context.skip(node, "its bias is float")
-            bias = [dequantize.inputs[0]]
+            codes = pattern.bias(graph, node.inputs[2], x, w)
+            if codes is None:
+                return context.skip(node, "its bias is not int32 of the products' scale")
+            bias = [codes]
         pattern.finish(graph, node, found, "QLinearConv",
                        [*x.inputs, *w.inputs, found.codes.scale, found.codes.zero_point, *bias], dict(node.attrs), None)
         return True

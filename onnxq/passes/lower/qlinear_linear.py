@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxq.graph import CONTRIB, Graph, Node, Tensor, is_constant
 from onnxq.passes.lower import pattern
-from onnxq.passes.lower.pattern import Codes
+from onnxq.passes.lower.pattern import Codes, Stored
 from onnxq.passes.manager import Context, Pass
 
 
@@ -32,29 +32,40 @@ class LowerLinear(Pass):
         if verdict.lowering not in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm"):
             return False
         x, w = pattern.read(graph, node.inputs[0]), pattern.read(graph, node.inputs[1])
-        if x is None or w is None or not pattern.per_tensor(x) or not pattern.unsigned(x):
+        columns = 0 if node.attrs.get("transB", 0) else -1
+        if x is None or w is None or not pattern.activation(x) or not pattern.weight(w, columns):
             return context.skip(node, "its input or weight is not behind a DequantizeLinear the kernel can take")
         if verdict.lowering == "MatMulIntegerToFloat":
             return self._to_float(node, graph, x, w, verdict.bias_add)
         found = pattern.stored(graph, node.outputs[0], context.absorbed) if verdict.int_output else None
-        if verdict.int_output and (found is None or not pattern.unsigned(found.codes)):
+        if verdict.int_output and (found is None or not pattern.activation(found.codes)):
             return context.skip(node, "its result is not quantized to uint8 right behind it")
-        behind: list[Tensor | None] = [found.codes.scale, found.codes.zero_point] if found is not None else []
         if verdict.lowering == "QLinearMatMul":
+            assert found is not None
+            behind = [found.codes.scale, found.codes.zero_point]
             pattern.finish(graph, node, found, "QLinearMatMul", [*x.inputs, *w.inputs, *behind], {}, None)
             return True
-        bias = graph.producer(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else None
-        if len(node.inputs) > 2 and node.inputs[2].name and (bias is None or bias.op != pattern.DEQUANTIZE):
-            return context.skip(node, "its bias is float")
-        codes = bias.inputs[0] if bias is not None else None
-        pattern.finish(graph, node, found, "QGemm", [*x.inputs, *w.inputs, codes, *behind], dict(node.attrs), CONTRIB)
+        return self._gemm(node, graph, context, x, w, found)
+
+    @staticmethod
+    def _gemm(node: Node, graph: Graph, context: Context, x: Codes, w: Codes, found: Stored | None) -> bool:
+        attrs = dict(node.attrs)
+        if attrs.pop("alpha", 1.0) != 1.0 or attrs.pop("beta", 1.0) != 1.0:
+            return context.skip(node, "it scales its product or its bias")
+        has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
+        bias = pattern.bias(graph, node.inputs[2], x, w) if has_bias else None
+        if has_bias and bias is None:
+            return context.skip(node, "its bias is not int32 of the products' scale")
+        behind: list[Tensor | None] = [found.codes.scale, found.codes.zero_point] if found is not None else []
+        pattern.finish(graph, node, found, "QGemm", [*x.inputs, *w.inputs, bias, *behind], attrs, CONTRIB)
         return True
 
     def _to_float(self, node: Node, graph: Graph, x: Codes, w: Codes, bias_add: str | None) -> bool:
         bias = None
         if bias_add is not None:
             add = graph.only_consumer(node.outputs[0])
-            assert add is not None and add.name == bias_add
+            assert add is not None
+            assert add.name == bias_add
             added = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
             bias = self._float_bias(graph, node, added)
             result = add.outputs[0]

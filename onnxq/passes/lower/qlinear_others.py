@@ -9,13 +9,15 @@ from onnxq.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.passes.lower import pattern
 from onnxq.passes.lower.pattern import Codes
 from onnxq.passes.manager import Context, Pass
+from onnxq.plan import GIVEN
 
+_ARITHMETIC = frozenset({"Add", "AveragePool", "Concat", "GlobalAveragePool"})
 _MOVEMENT = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 @dataclass(frozen=True)
 class LowerJoining(Pass):
-    """QLinearAdd, QLinearConcat, QLinear(Global)AveragePool of com.microsoft; MaxPool, Reshape and the like as they are.
+    """QLinearAdd, QLinearConcat, QLinear(Global)AveragePool of com.microsoft; MaxPool, Reshape and such as they are.
 
     Data movement keeps scale and zero point, so the operator runs on uint8 codes. Source: com.microsoft operators of
     those names, version 1; ONNX MaxPool-12 (uint8).
@@ -26,15 +28,19 @@ class LowerJoining(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Lower one node that joined an int8 region."""
         verdict = context.plan.node(node.name)
-        if verdict is None or not verdict.int_output or verdict.weight is not None or node.domain:
+        if verdict is None or not verdict.int_output or node.domain or node.op not in _MOVEMENT | _ARITHMETIC:
+            return False
+        if verdict.lowering == GIVEN:
             return False
         read = [pattern.read(graph, node.inputs[k]) for k in verdict.int_inputs]
-        codes = [c for c in read if c is not None and pattern.per_tensor(c) and pattern.unsigned(c)]
+        codes = [c for c in read if c is not None and pattern.activation(c)]
         found = pattern.stored(graph, node.outputs[0], context.absorbed)
-        if len(codes) < len(read) or found is None:
+        if len(codes) < len(read) or found is None or not pattern.activation(found.codes):
             return context.skip(node, "not everything around it is uint8 codes")
         attrs, result = dict(node.attrs), [found.codes.scale, found.codes.zero_point]
         if node.op in _MOVEMENT:
+            if not pattern.same_scale(graph, codes[0], found.codes):
+                return context.skip(node, "the model stores its result at another scale")
             rest = list(node.inputs)[1:]
             pattern.finish(graph, node, found, node.op, [codes[0].q, *rest], attrs, None)
             return True

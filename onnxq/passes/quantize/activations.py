@@ -15,8 +15,9 @@ class QuantizeActivations(Pass):
     """Insert Q/DQ pairs with rank-0 float32 scales and explicit zero points of the code type.
 
     The result y of an int8 node becomes `y.raw` -> Q -> `y.q` -> DQ -> `y`, so all its readers and the graph output of
-    that name see the dequantized value. A float tensor x that an int8 node reads becomes `x.q` and `x.dq`, once, and
-    float readers keep x. Source: ONNX QuantizeLinear-13, DequantizeLinear-13.
+    that name see the dequantized value. An absorbed Relu or Clip goes: Q saturates where it would clamp, and a Clip
+    whose bounds are not exactly codes would keep the runtime from fusing. A float tensor x that an int8 node reads
+    becomes `x.q` and `x.dq`, once, and float readers keep x. Source: ONNX QuantizeLinear-13, DequantizeLinear-13.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -39,8 +40,12 @@ class QuantizeActivations(Pass):
             return False
         maker = graph.producer(result)
         assert maker is not None
+        if maker.op in ("Clip", "Relu") and maker.name in context.absorbed:
+            clamp, maker = maker, graph.producer(maker.inputs[0])
+            assert maker is not None
+            graph.remove(clamp)
         raw = graph.like(result, f"{result.name}.raw", "float32")
-        graph.set_output(maker, next(k for k, t in enumerate(maker.outputs) if t is result), raw)
+        graph.set_output(maker, 0, raw)
         _pair(graph, raw, result, result.name, context)
         return True
 

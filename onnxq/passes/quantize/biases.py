@@ -8,9 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.graph import Graph, Node, Tensor
+from onnxq.numerics import affine
 from onnxq.passes.manager import Context, Pass
-
-_INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,9 @@ class QuantizeBiases(Pass):
     """b -> DequantizeLinear(round(b / (x_scale * w_scale)), x_scale * w_scale), float32 [N] and int32 [N].
 
     Also the constant of an Add behind a MatMul: with a float bias the runtime makes a Gemm of the two and then
-    dequantizes the weights at every run. A bias beyond int32 stays float there (for Conv and Gemm the Plan's weight
-    scales rule it out). Rounds half to even. Source: ONNX QLinearConv-10 (bias scale), onnxruntime's QDQ selectors.
+    dequantizes the weights at every run. A bias that would leave no room in int32 for the sum of products stays float
+    there (for Conv and Gemm the Plan's weight scales rule it out). Rounds half to even. Source: ONNX QLinearConv-10
+    (bias scale), onnxruntime's QDQ selectors.
     """
 
     name: ClassVar[str] = "quantize-biases"
@@ -36,8 +36,8 @@ class QuantizeBiases(Pass):
         values = np.asarray(graph.read(bias), np.float32)
         x_scale = context.plan.activations[node.inputs[0].name].scale
         scale = np.asarray(x_scale * context.plan.weights[verdict.weight].scale, np.float32)
-        codes = np.rint(values.astype(np.float64) / scale)
-        if np.abs(codes).max(initial=0) > _INT32:
+        codes = np.rint(values.astype(np.float64) / np.maximum(scale, affine.SMALLEST_SCALE))
+        if np.abs(codes).max(initial=0) > affine.BIAS_LIMIT or (scale < affine.SMALLEST_SCALE).any():
             return context.skip(node, "its bias does not fit into int32 at this scale and stays float")
         inputs = [graph.constant(f"{node.name}.bias.q", codes.astype(np.int32)),
                   graph.constant(f"{node.name}.bias.scale", scale)]

@@ -1,0 +1,114 @@
+"""python -m benchmarks.worker STEP JOB.json ANSWER.json: one step in a process of its own.
+
+A step that crashes then costs one cell of the table, and its memory is its own. Steps: `make` a model with a tool,
+`judge` it beside the float model, `memory` of a percentile compilation. The answer is what the step found, or an
+`error` in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.models import Case
+from onnxq.runtime.measure import compare_models, peak_memory_bytes
+from onnxq.runtime.measure import time as time_alone
+from onnxq.runtime.session import Session, SessionOptions
+
+STATIC, LINEARS, DYNAMIC = "onnxruntime static", "onnxruntime linears", "onnxruntime dynamic"
+ONNXQ, UNMEASURED = "onnxq", "onnxq --no-measure"
+TIMED_ROWS = 8
+_QUIET = (("session.intra_op.allow_spinning", "0"),)  # while two models take turns run by run, to be scored
+_PLANNED_FLOAT = ("float", "folded")
+
+
+def make(case: Case, tool: str, output: str, threads: int, samples: int) -> dict[str, Any]:
+    """Quantize: `seconds` without the imports, `peak_bytes` of this process; for onnxq what its report says."""
+    path = Path(output)
+    tool_of = _tool(tool)
+    start = time.perf_counter()
+    found = tool_of(case, path, threads, samples)
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory_bytes(), **found}
+
+
+def judge(case: Case, model: str | None, threads: int, limit: int | None, rounds: int, block_seconds: float,
+          ) -> dict[str, Any]:
+    """Score a model (None: the float one alone), then time it in a plain default session against the float model."""
+    from benchmarks import scoring
+
+    data = scoring.Data(case, limit)
+    quiet = SessionOptions(threads=threads, config=_QUIET)
+    figures = scoring.score(case, data, Session(case.model, quiet), Session(model, quiet) if model else None)
+    return {"score": figures, "speed": _speed(case, model, data.first(TIMED_ROWS), threads, rounds, block_seconds)}
+
+
+def memory(case: Case, output: str, rows: int, threads: int) -> dict[str, Any]:
+    """See benchmarks.memory.compile_percentile."""
+    from benchmarks.memory import compile_percentile
+
+    return compile_percentile(case, Path(output), rows, threads)
+
+
+def _speed(case: Case, model: str | None, feed: dict[str, Any], threads: int, rounds: int, block_seconds: float,
+           ) -> dict[str, Any]:
+    options = SessionOptions(threads=threads)
+    reference = Session(case.model, options)
+    shapes = {name: list(array.shape) for name, array in feed.items()}
+    if model is None:
+        float_ms = time_alone(reference.runner(feed), block_seconds=block_seconds, rounds=rounds)
+        return {"float_ms": float_ms, "ms": float_ms, "ratio": 1.0, "low": 1.0, "high": 1.0, "shapes": shapes}
+    timing = compare_models(reference, Session(model, options), [feed], block_seconds=block_seconds, rounds=rounds)
+    return {"float_ms": timing.a_ms, "ms": timing.b_ms, "ratio": timing.ratio, "low": timing.ratio_low,
+            "high": timing.ratio_high, "shapes": shapes}
+
+
+def _tool(name: str) -> Callable[[Case, Path, int, int], dict[str, Any]]:
+    """The tool by name; onnxruntime.quantization is imported only for itself."""
+    if name in (ONNXQ, UNMEASURED):
+        return _onnxq(measure=name == ONNXQ)
+    from benchmarks import peers_ort
+
+    quantize = {STATIC: peers_ort.static_default, LINEARS: peers_ort.static_linears, DYNAMIC: peers_ort.dynamic}[name]
+
+    def run(case: Case, output: Path, threads: int, samples: int) -> dict[str, Any]:
+        quantize(case, output, samples)
+        return {}
+
+    return run
+
+
+def _onnxq(measure: bool) -> Callable[[Case, Path, int, int], dict[str, Any]]:
+    import onnxq
+
+    def run(case: Case, output: Path, threads: int, samples: int) -> dict[str, Any]:
+        report = onnxq.compile(case.model, output, calib=case.calib, samples=samples, threads=threads, measure=measure,
+                               force=True)
+        return {"scheme": report.scheme, "notices": report.verdict.notices, "failures": report.verdict.failures,
+                "left_float": all(node.scheme in _PLANNED_FLOAT for node in report.nodes),
+                "int8_slower": any("nothing pays" in notice for notice in report.verdict.notices),
+                "stages": {stage.name: stage.seconds for stage in report.stages}}
+
+    return run
+
+
+def main(step: str, job: str, answer: str) -> int:
+    """Run a step and write its answer; status 1 with an error in it."""
+    arguments = json.loads(Path(job).read_text(encoding="utf-8"))
+    steps: dict[str, Callable[..., dict[str, Any]]] = {"make": make, "judge": judge, "memory": memory}
+    try:
+        found = steps[step](Case.from_dict(arguments.pop("case")), **arguments)
+    except Exception as error:
+        traceback.print_exc()
+        words = " ".join(str(error).split())
+        found = {"error": f"{type(error).__name__}: {words}" if words else type(error).__name__}
+    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+    return 1 if "error" in found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

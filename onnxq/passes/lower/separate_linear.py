@@ -1,0 +1,43 @@
+"""An int8 MatMul kept apart from what would keep the runtime from fusing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxq.graph import Graph, Node
+from onnxq.passes.lower.pattern import DEQUANTIZE
+from onnxq.passes.manager import Context, Pass
+
+
+@dataclass(frozen=True)
+class SeparateLinear(Pass):
+    """For the QDQ form: DQ -> MatMul or Gemm => DQ -> MatMul or Gemm -> Sum where its float result is an output and
+    read besides, and MatMul -> Add => MatMul -> Sum where what is added is no int32 bias.
+
+    The runtime fuses neither a node whose result is read inside and outside of the graph, nor a Gemm of a float bias,
+    which it makes of MatMul and Add; both then dequantize the weights at every run. A Sum of one tensor is the
+    identity, that of two is their Add (ONNX Sum-13), and no rewrite of the runtime matches it.
+    """
+
+    name: ClassVar[str] = "separate-linear"
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Separate one node."""
+        verdict = context.plan.node(node.name)
+        if verdict is None or not verdict.is_int or verdict.int_output or node.op not in ("Gemm", "MatMul"):
+            return False
+        result = node.outputs[0]
+        readers = graph.consumers(result)
+        if graph.is_output(result) and readers:
+            before = graph.like(result, f"{result.name}.unfenced", "float32")
+            graph.set_output(node, 0, before)
+            graph.add_node("Sum", f"{node.name}/fence", [before], [result])
+            return True
+        if node.op != "MatMul" or len(readers) != 1 or readers[0].op != "Add" or readers[0].domain:
+            return False
+        makers = [graph.producer(t) for t in readers[0].inputs if t is not result]
+        if verdict.bias_add is not None and any(m is not None and m.op == DEQUANTIZE for m in makers):
+            return False
+        readers[0].op = "Sum"
+        return True

@@ -1,0 +1,189 @@
+"""Observing: named tensors in one streamed run, folded and dropped."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from conftest import Opener, make_model, node, random
+
+from onnxq.calibration import observer
+from onnxq.calibration.readers import open_data
+from onnxq.errors import DataError, UsageError
+from onnxq.graph import Graph
+from onnxq.recipe import Calibration
+from onnxq.runtime.session import SessionOptions
+
+Feed = dict[str, npt.NDArray[Any]]
+OPTIONS = SessionOptions(threads=1)
+ALL = Calibration(samples=None)
+W = random(8, 8)
+
+
+def model() -> onnx.ModelProto:
+    """y = log(relu(x @ W)) + 1: negative infinities wherever the Relu gives 0."""
+    return make_model([node("MatMul", "x w", "m"), node("Relu", "m", "r"), node("Log", "r", "l"),
+                       node("Add", "l one", "y")], {"x": ["N", 8]}, {"y": ["N", 8]}, {"w": W, "one": np.float32(1)})
+
+
+def rows(count: int, seed: int = 0) -> list[Feed]:
+    return [{"x": random(1, 8, seed=seed + k)} for k in range(count)]
+
+
+def observed(graph: Graph, wanted: list[str], data: Any, how: Calibration = ALL,
+             progress: Callable[[int], None] | None = None) -> dict[str, tuple[float, float]]:
+    return observer.observe(graph, wanted, open_data(data, graph.ports()), how, OPTIONS, progress)
+
+
+# ------------------------------------------------------------------ values
+
+
+def test_ranges_of_computed_tensors_and_of_inputs(opened: Opener) -> None:
+    feeds = rows(5)
+    found = observed(opened(model()), ["x", "m", "r"], feeds)
+    x = np.concatenate([f["x"] for f in feeds])
+    m = x @ W
+    assert list(found) == ["x", "m", "r"]
+    assert found["x"] == (float(x.min()), float(x.max()))
+    np.testing.assert_allclose(found["m"], (m.min(), m.max()), rtol=1e-5)
+    np.testing.assert_allclose(found["r"], (0, m.max()), rtol=1e-5)
+
+
+def test_a_graph_output_can_be_observed(opened: Opener) -> None:
+    exp = make_model([node("Exp", "x", "y")], {"x": [2]}, {"y": [2]})
+    found = observed(opened(exp), ["y"], [{"x": np.float32([0, 2])}])
+    np.testing.assert_allclose(found["y"], (0, np.exp(2)), rtol=1e-5)
+
+
+def test_only_inputs_need_no_run(opened: Opener) -> None:
+    assert observed(opened(model()), ["x"], [{"x": np.full((2, 8), 3, np.float32)}]) == {"x": (0.0, 3.0)}
+
+
+def test_0_is_always_inside(opened: Opener) -> None:
+    found = observed(opened(model()), ["x"], [{"x": np.full((2, 8), -3, np.float32)}])
+    assert found == {"x": (-3.0, 0.0)}
+
+
+def test_infinities_do_not_count(opened: Opener) -> None:
+    feeds = rows(20)
+    low, high = observed(opened(model()), ["l"], feeds)["l"]
+    r = np.maximum(np.concatenate([f["x"] for f in feeds]) @ W, 0)
+    assert (r == 0).any(), "log gives -inf somewhere"
+    np.testing.assert_allclose((low, high), (np.log(r[r > 0]).min(), np.log(r.max())), rtol=1e-4)
+
+
+def test_nothing_but_infinities_is_a_range_of_0(opened: Opener) -> None:
+    assert observed(opened(model()), ["l"], [{"x": np.zeros((2, 8), np.float32)}]) == {"l": (0.0, 0.0)}
+
+
+def test_percentile_cuts_both_tails(opened: Opener) -> None:
+    x = random(4000, 8)
+    x[7, 3], x[9, 1] = 1e4, -1e4
+    how = Calibration(samples=None, ranges="percentile", percentile=99.0, batch=500)
+    low, high = observed(opened(model()), ["x"], [{"x": x[k:k + 500]} for k in range(0, 4000, 500)], how)["x"]
+    width = 2 * 2.0 ** 14 / 2048  # a bin of the histogram that holds 1e4
+    assert abs(low - np.percentile(x, 0.5)) <= width
+    assert abs(high - np.percentile(x, 99.5)) <= width
+    assert observed(opened(model()), ["x"], [{"x": x}])["x"] == (-1e4, 1e4)
+
+
+# ------------------------------------------------------------------ the stream
+
+
+def test_samples_batches_and_progress(tmp_path: Path, opened: Opener) -> None:
+    np.savez(tmp_path / "d.npz", x=random(40, 8))
+    seen: list[int] = []
+    how = Calibration(samples=20, batch=8)
+    found = observed(opened(model()), ["x"], str(tmp_path / "d.npz"), how, seen.append)
+    assert seen == [8, 16, 20]
+    first = random(40, 8)[:20]
+    assert found["x"] == (float(first.min()), float(first.max()))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_the_batch_size_changes_nothing(batch: int, tmp_path: Path, opened: Opener) -> None:
+    np.savez(tmp_path / "d.npz", x=random(40, 8))
+    for ranges in ("minmax", "percentile"):
+        graph = opened(model())
+        whole = observed(graph, ["x", "r"], str(tmp_path / "d.npz"), Calibration(None, 40, ranges))
+        found = observed(graph, ["x", "r"], str(tmp_path / "d.npz"), Calibration(None, batch, ranges))
+        np.testing.assert_allclose([found["x"], found["r"]], [whole["x"], whole["r"]], rtol=1e-5)
+
+
+def test_rows_of_unequal_length(opened: Opener) -> None:
+    varying = make_model([node("Exp", "x", "e"), node("ReduceSum", "e", "y")], {"x": ["N", "S"]}, {"y": None})
+    feeds = [{"x": np.full((2, length), length, np.float32)} for length in (3, 9, 5)]
+    assert observed(opened(varying), ["x"], feeds)["x"] == (0.0, 9.0)
+    np.testing.assert_allclose(observed(opened(varying), ["e"], feeds)["e"], (0, np.exp(9)), rtol=1e-5)
+
+
+def test_the_graph_is_left_as_it_was(opened: Opener) -> None:
+    graph = opened(model())
+    observed(graph, ["m", "r"], rows(2))
+    assert [t.name for t in graph.outputs] == ["y"]
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
+def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
+    """Ten times the batches, the same peak: nothing is kept (a batch of x and m is 4 MB)."""
+    graph = opened(make_model([node("Exp", "x", "m"), node("ReduceMax", "m", "y")], {"x": ["N", 1 << 19]}, {"y": None}))
+
+    def peak(batches: int) -> int:
+        def feeds() -> Iterator[Feed]:
+            for k in range(batches):
+                yield {"x": np.full((1, 1 << 19), k / batches, np.float32)}
+
+        tracemalloc.start()
+        try:
+            observed(graph, ["x", "m"], feeds, Calibration(samples=None, ranges=ranges))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    short, long = peak(4), peak(40)
+    assert short > 4 << 20, "a batch is seen at all"
+    assert long < short + (2 << 20)
+
+
+# ------------------------------------------------------------------ what can't be used
+
+
+@pytest.mark.parametrize(("batch", "where"), [(1, "row 5"), (4, "rows 4 to 7"), (40, "rows 0 to 9")])
+def test_nan_in_the_data_names_the_input_and_the_rows(batch: int, where: str, tmp_path: Path, opened: Opener) -> None:
+    x = random(10, 8)
+    x[5, 2] = np.nan
+    np.savez(tmp_path / "d.npz", x=x)
+    with pytest.raises(DataError, match=f"tensor 'x' holds NaN for {where} of the calibration data"):
+        observed(opened(model()), ["x", "m"], str(tmp_path / "d.npz"), Calibration(None, batch))
+
+
+def test_nan_that_the_model_makes_names_the_first_tensor_that_holds_it(opened: Opener) -> None:
+    nan = make_model([node("Sqrt", "x", "s"), node("Exp", "s", "e"), node("ReduceSum", "e", "y")], {"x": ["N", 4]},
+                     {"y": None})
+    feeds = [{"x": np.ones((1, 4), np.float32)}, {"x": np.full((1, 4), -1, np.float32)}]
+    for ranges in ("minmax", "percentile"):
+        with pytest.raises(DataError, match="tensor 's' holds NaN for row 1 of"):
+            observed(opened(nan), ["x", "s", "e"], feeds, Calibration(samples=None, ranges=ranges))
+
+
+def test_no_rows_are_no_ranges(opened: Opener) -> None:
+    with pytest.raises(DataError, match="at least one"):
+        observed(opened(model()), ["x"], lambda: iter(()))
+
+
+@pytest.mark.parametrize("how", [Calibration(ranges="median"), Calibration(percentile=0.5),
+                                 Calibration(percentile=101)])
+def test_settings_that_no_observer_has(how: Calibration) -> None:
+    with pytest.raises(UsageError, match="use"):
+        observer.check(how)
+
+
+def test_settings_that_there_are() -> None:
+    for ranges in ("minmax", "percentile"):
+        observer.check(Calibration(ranges=ranges))

@@ -1,0 +1,155 @@
+"""The Plan: saved and loaded it is the same, and its digest tells every decision apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxq.errors import OutputError, UsageError
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.dtypes import INT8, UINT4, UINT8, DType
+from onnxq.plan import GIVEN, NodePlan, Plan
+
+
+def params(scale: object, zero: object, dtype: DType, axis: int | None = None, block: int | None = None) -> QuantParams:
+    return QuantParams(np.asarray(scale, np.float32), np.asarray(zero, dtype.storage), dtype, axis, block)
+
+
+def example() -> Plan:
+    return Plan(
+        "w8a8", "cpu",
+        {n.node: n for n in (
+            NodePlan("conv/1", "Conv", "w8a8", "QLinearConv", "it holds weights", (0, 1), True, "relu:0", "w", None),
+            NodePlan("relu", "Relu", "w8a8", "QLinearConv", "absorbed by conv/1", part_of="conv/1"),
+            NodePlan("soft max", "Softmax", "float", "float", "normalisations are always float"),
+            NodePlan("q", "QuantizeLinear", GIVEN, GIVEN, "as the model has it"))},
+        {"x": params(0.1, 128, UINT8), "../relu:0": params(np.float32(1e-38), 0, UINT8)},
+        {"w": params([0.1, 0.2, 0.3], [0, 0, 0], INT8, axis=0),
+         "w4": params(np.full((4, 2), 0.25), np.full((4, 2), 8), UINT4, axis=1, block=32)})
+
+
+def changed(edit: Callable[[Plan], None]) -> Plan:
+    plan = example()
+    edit(plan)
+    return plan
+
+
+def verdict(plan: Plan, **fields: object) -> None:
+    plan.nodes["conv/1"] = dataclasses.replace(plan.nodes["conv/1"], **fields)  # type: ignore[arg-type]
+
+
+def weight(plan: Plan, **fields: object) -> None:
+    plan.weights["w"] = dataclasses.replace(plan.weights["w"], **fields)  # type: ignore[arg-type]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    plan = example()
+    plan.save(tmp_path)
+    again = Plan.load(tmp_path)
+    assert again.digest() == plan.digest()
+    assert (again.scheme, again.target, again.nodes) == (plan.scheme, plan.target, plan.nodes)
+    assert list(again.nodes) == list(plan.nodes)
+    for table, wanted in ((again.activations, plan.activations), (again.weights, plan.weights)):
+        assert list(table) == list(wanted)
+        for name, found in table.items():
+            np.testing.assert_array_equal(found.scale, wanted[name].scale, strict=True)
+            np.testing.assert_array_equal(found.zero_point, wanted[name].zero_point, strict=True)
+            assert (found.dtype, found.axis, found.block_size) == (
+                wanted[name].dtype, wanted[name].axis, wanted[name].block_size)
+
+
+def test_the_same_plan_gives_the_same_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        example().save(tmp_path / name)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["plan.json", "plan.npz"]
+    for name in ("plan.json", "plan.npz"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert json.loads((tmp_path / "a" / "plan.json").read_text())["nodes"][0]["int_inputs"] == [0, 1]
+
+
+def test_an_empty_plan(tmp_path: Path) -> None:
+    Plan("float", "cpu").save(tmp_path)
+    assert Plan.load(tmp_path) == Plan("float", "cpu")
+
+
+EDITS: dict[str, Callable[[Plan], None]] = {
+    "scheme": lambda p: setattr(p, "scheme", "w4a8"),
+    "target": lambda p: setattr(p, "target", "gpu"),
+    "lowering": lambda p: verdict(p, lowering="float"),
+    "reason": lambda p: verdict(p, reason="because"),
+    "inputs": lambda p: verdict(p, int_inputs=(0,)),
+    "output": lambda p: verdict(p, int_output=False),
+    "result": lambda p: verdict(p, result="other"),
+    "bias": lambda p: verdict(p, bias_add="relu"),
+    "fewer nodes": lambda p: p.nodes.pop("relu"),  # type: ignore[arg-type, return-value]
+    "scale": lambda p: weight(p, scale=np.float32([0.1, 0.2, np.nextafter(np.float32(0.3), np.float32(1))])),
+    "zero point": lambda p: weight(p, zero_point=np.int8([0, 0, 1])),
+    "dtype": lambda p: weight(p, dtype=UINT8, zero_point=np.uint8([0, 0, 0])),
+    "axis": lambda p: weight(p, axis=1),
+    "block": lambda p: weight(p, block_size=16),
+    "shape": lambda p: weight(p, scale=p.weights["w"].scale[None], zero_point=p.weights["w"].zero_point[None]),
+    "name": lambda p: p.weights.update(w2=p.weights.pop("w")),
+    "activation": lambda p: p.activations.update(x=params(0.1, 127, UINT8)),
+    "which table": lambda p: p.activations.update(w=p.weights.pop("w")),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_decision_is_in_the_digest(edit: str) -> None:
+    assert changed(EDITS[edit]).digest() != example().digest()
+
+
+def test_digests_of_equal_plans_are_equal() -> None:
+    assert example().digest() == example().digest()
+    assert len(example().digest()) == 64
+    reordered = changed(lambda p: p.weights.update(w=p.weights.pop("w")))
+    assert list(reordered.weights) == ["w4", "w"]
+    assert reordered.digest() == example().digest(), "the order of scales decides nothing"
+
+
+def test_looking_up() -> None:
+    plan = example()
+    assert plan.node("relu") == plan.nodes["relu"]
+    assert plan.node("x.q") is None
+    assert [n.node for n in plan.quantized()] == ["conv/1"], "not what is absorbed, float or given"
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "nothing": lambda f: [p.unlink() for p in f.iterdir()],
+    "no arrays": lambda f: (f / "plan.npz").unlink(),
+    "empty arrays": lambda f: (f / "plan.npz").write_bytes(b""),
+    "other arrays": lambda f: (f / "plan.npz").write_bytes(b"PK\x03\x04 not a zip"),
+    "cut arrays": lambda f: (f / "plan.npz").write_bytes((f / "plan.npz").read_bytes()[:-40]),
+    "too few arrays": lambda f: np.savez(f / "plan.npz", x=np.zeros(1)),
+    "no JSON": lambda f: (f / "plan.json").write_text("{"),
+    "other JSON": lambda f: (f / "plan.json").write_text("[]"),
+    "less JSON": lambda f: (f / "plan.json").write_text("{}"),
+    "bytes": lambda f: (f / "plan.json").write_bytes(b"\xff\xfe"),
+    "a field too many": lambda f: (f / "plan.json").write_text(
+        (f / "plan.json").read_text().replace('"op": "Conv"', '"op": "Conv", "later": 1')),
+    "another type": lambda f: (f / "plan.json").write_text(
+        (f / "plan.json").read_text().replace('"int8"', '"int9"')),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_no_plan(tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    example().save(folder)
+    BROKEN[case](folder)
+    with pytest.raises(UsageError, match=r"plan holds no plan \(.+\); name a folder with plan.json and plan.npz"):
+        Plan.load(folder)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"can't be written \(No such file or directory\)"):
+        example().save(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match="holds no plan"):
+        Plan.load(tmp_path / "nowhere")

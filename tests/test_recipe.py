@@ -1,0 +1,206 @@
+"""Recipes: what is refused and by which path, what globs name, and that YAML and back changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from onnxq import recipe
+from onnxq.errors import RecipeError, UsageError
+from onnxq.numerics import dtypes
+from onnxq.recipe import BudgetSpec, Calibration, Fallback, Match, Recipe, Rule, Scheme, TensorSpec
+
+FULL = """
+version: 1
+scheme: w8a8
+rules:
+  - match: {op: MatMul, name: "*lm_head*"}
+    scheme: float
+    reason: output logits
+  - match: {name: "*down*"}
+    scheme: w8a8
+calibration: {samples: 64, batch: 8, ranges: percentile, percentile: 99.9}
+fallback: {keep_float: ["*mlp.down_proj*", "Conv_{1,2}"]}
+budget: {metric: top1, max_drop: 0.5%}
+"""
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(text)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def test_a_full_recipe() -> None:
+    found = recipe.parse(FULL)
+    assert found.scheme == recipe.scheme("w8a8")
+    assert found.rules == (Rule(Match("MatMul", "*lm_head*"), "float", "output logits"),
+                           Rule(Match(None, "*down*"), "w8a8", ""))
+    assert found.calibration == Calibration(64, 8, "percentile", 99.9)
+    assert found.fallback == Fallback(("*mlp.down_proj*", "Conv_{1,2}"))
+    assert found.budget == BudgetSpec("top1", "0.5%")
+
+
+def test_defaults() -> None:
+    found = recipe.parse("scheme: w8a8")
+    assert found == Recipe(recipe.scheme("w8a8"))
+    assert (found.version, found.rules, found.fallback.keep_float) == (1, (), ())
+    assert found.calibration.samples == 128
+
+
+def test_a_scheme_spelled_out() -> None:
+    found = recipe.parse("""
+scheme:
+  name: mine
+  activations: {dtype: uint8, symmetric: false}
+  weights: {granularity: channel}
+  operators: [MatMul]
+""").scheme
+    assert found == Scheme("mine", "", TensorSpec("uint8", False), TensorSpec(granularity="channel"), ("MatMul",))
+    assert not found.is_float
+    assert not found.is_dynamic
+
+
+def test_numbers_stand_for_text_and_whole_numbers_for_floats() -> None:
+    found = recipe.parse("scheme: w8a8\nbudget: {max_drop: 0.005}\ncalibration: {percentile: 99, samples: null}")
+    assert found.budget.max_drop == "0.005"
+    assert found.calibration.percentile == 99.0
+    assert isinstance(found.calibration.percentile, float)
+    assert found.calibration.samples is None
+
+
+def test_files(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(FULL)
+    assert recipe.read(tmp_path / "r.yaml") == recipe.parse(FULL)
+    with pytest.raises(UsageError, match=r"none\.yaml can't be read .*; check the path"):
+        recipe.read(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00scheme")
+    with pytest.raises(UsageError, match=r"b\.yaml can't be read"):
+        recipe.read(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize("text", [FULL, "scheme: w8a8-dynamic-tensor", "scheme: float", "scheme: {name: mine}",
+                                  "scheme: w8a8\nfallback: {keep_float: ['a: b', \"it's\", '#x', 'y\\nz']}"])
+def test_yaml_and_back(text: str) -> None:
+    found = recipe.parse(text)
+    assert recipe.parse(found.to_yaml()) == found
+    assert yaml.safe_load(found.to_yaml()) == found.to_dict()
+    assert recipe.parse(recipe.parse(found.to_yaml()).to_yaml()).to_yaml() == found.to_yaml()
+
+
+def test_recipes_are_values() -> None:
+    assert hash(recipe.parse(FULL)) == hash(recipe.parse(FULL))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.parse(FULL).version = 2  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("scheme: w8a8\nfalback: {}", "falback: there is no such key; did you mean 'fallback'?"),
+    ("scheme: w8a8\ncalibration: {sample: 3}", "calibration.sample: there is no such key; did you mean 'samples'?"),
+    ("scheme: w8a8\nrules: [{match: {op: Conv}, scheme: float}, {match: {opp: Conv}, scheme: float}]",
+     "rules[1].match.opp: there is no such key; did you mean 'op'?"),
+    ("scheme: {name: mine, weights: {dtype: int8, per_channel: true}}",
+     "scheme.weights.per_channel: there is no such key; known keys: dtype, symmetric, granularity, dynamic"),
+    ("scheme: w8a8\n7: x", "7: there is no such key"),
+    ("scheme: w8a8\nbudget: {null: x}", "budget.None: there is no such key"),
+])
+def test_unknown_keys_are_refused_by_path(text: str, message: str) -> None:
+    assert refusal(text).startswith(message)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("scheme: w8a8\ncalibration: {samples: many}", "calibration.samples: int is wanted, not 'many'"),
+    ("scheme: w8a8\ncalibration: {samples: true}", "calibration.samples: int is wanted, not True"),
+    ("scheme: w8a8\ncalibration: {samples: 1.5}", "calibration.samples: int is wanted, not 1.5"),
+    ("scheme: w8a8\ncalibration: {percentile: true}", "calibration.percentile: float is wanted, not True"),
+    ("scheme: w8a8\ncalibration: {percentile: high}", "calibration.percentile: float is wanted, not 'high'"),
+    ("scheme: w8a8\ncalibration: {ranges: [minmax]}", "calibration.ranges: str is wanted, not ['minmax']"),
+    ("scheme: w8a8\ncalibration: 128", "calibration: a mapping is wanted, not 128"),
+    ("scheme: w8a8\nfallback: {keep_float: '*a*'}", "fallback.keep_float: a list is wanted, not '*a*'"),
+    ("scheme: w8a8\nfallback: {keep_float: [a, true]}", "fallback.keep_float[1]: str is wanted, not True"),
+    ("scheme: w8a8\nrules: {match: {op: Conv}}", "rules: a list is wanted, not {'match': {'op': 'Conv'}}"),
+    ("scheme: w8a8\nrules: [Conv]", "rules[0]: a mapping is wanted, not 'Conv'"),
+    ("scheme: w8a8\nrules: [{scheme: float}]", "rules[0].match: missing; add it"),
+    ("scheme: w8a8\nrules: [{match: {op: Conv}}]", "rules[0].scheme: missing; add it"),
+    ("scheme: w8a8\nrules: [{match: {op: Conv}, scheme: w4a4}]",
+     "rules[0].scheme: 'w4a4' can't be mixed into w8a8 yet; use float or w8a8"),
+    ("scheme: {name: mine, weights: {symmetric: 1}}", "scheme.weights.symmetric: bool is wanted, not 1"),
+    ("scheme: {summary: no name}", "scheme.name: missing; add it"),
+    ("scheme: 8", "scheme: a mapping is wanted, not 8"),
+    ("scheme: w8a9", "scheme: there is no scheme 'w8a9'; known: w8a8"),
+    ("version: 1", "scheme: missing; name one of "),
+    ("version: 2\nscheme: w8a8", "version: 2 is not known; this onnxq reads version 1"),
+    ("version: '1'\nscheme: w8a8", "version: '1' is not known"),
+    ("", "the recipe must be a mapping with at least `scheme:`"),
+    ("- w8a8", "the recipe must be a mapping"),
+    ("w8a8", "the recipe must be a mapping"),
+    ("scheme: [w8a8", "the recipe is not valid YAML"),
+    ("scheme: !!python/object:os.system {}", "the recipe is not valid YAML"),
+    ("scheme: w8a8\nscheme: float", "scheme: given twice; keep one"),
+    ("scheme: w8a8\ncalibration: {samples: 1, samples: 2}", "samples: given twice; keep one"),
+])
+def test_what_does_not_fit_is_refused_by_path(text: str, message: str) -> None:
+    assert refusal(text).startswith(message)
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(("glob", "pieces"), [
+    ("a", ["a"]), ("a{b,c}d", ["abd", "acd"]), ("{a,b}{c,d}", ["ac", "ad", "bc", "bd"]), ("a{b}", ["ab"]),
+    ("{a,b{c,d}}e", ["ae", "bce", "bde"]), ("a{,b}", ["a", "ab"]), ("a{b,c", ["a{b,c"]), ("a}b", ["a}b"]), ("{}", [""]),
+    ("a{b,{c,d}e}f{g,h}", ["abfg", "abfh", "acefg", "acefh", "adefg", "adefh"]),
+])
+def test_braces(glob: str, pieces: list[str]) -> None:
+    assert recipe.expand_braces(glob) == pieces
+
+
+@pytest.mark.parametrize(("glob", "name", "fits"), [
+    ("conv1", "conv1", True), ("conv1", "conv10", False), ("conv?", "conv1", True), ("*", "", True), ("", "a", False),
+    ("*.mlp.*", "layers/0/mlp/up", True), ("layers/*/mlp", "layers.0.mlp", True), ("Layers*", "layers.0", False),
+    ("*_{1,2}", "Conv_2", True), ("*_{1,2}", "Conv_3", False),
+    ("layers.[01].*", "layers.1.x", True), ("layers.[01].*", "layers.2.x", False),
+    ("layers.{0,1{0,1}}.w", "layers/11/w", True), ("layers.{0,1{0,1}}.w", "layers/1/w", False),
+])
+def test_globs(glob: str, name: str, fits: bool) -> None:
+    assert recipe.matches(glob, [name]) is fits
+    assert recipe.matches(glob, ["somewhere else/entirely!", name]) is (fits or glob == "*")
+    assert not recipe.matches(glob, [])
+
+
+# ------------------------------------------------------------------ shipped schemes
+
+
+@pytest.mark.parametrize("name", recipe.scheme_names())
+def test_shipped_schemes(name: str) -> None:
+    found = recipe.scheme(name)
+    assert found.name == name
+    assert found.summary
+    assert found.operators
+    assert not found.is_float
+    for spec in (found.activations, found.weights):
+        if spec is not None:
+            assert dtypes.by_name(spec.dtype)
+            assert spec.granularity in ("tensor", "channel")
+    assert found.is_dynamic is ("dynamic" in name)
+    assert recipe.parse(f"scheme: {name}").scheme == found
+    assert name in recipe.scheme_text(name)
+
+
+def test_scheme_names() -> None:
+    assert "w8a8" in recipe.scheme_names()
+    assert recipe.scheme("float").is_float
+    with pytest.raises(UsageError, match=r"there is no scheme 'w8a8-dynamic'; known: w8a8-dynamic-tensor.*\(onnxq sch"):
+        recipe.scheme("w8a8-dynamic")
+    with pytest.raises(UsageError, match=r"there is no scheme '\.\./w8a8'"):
+        recipe.scheme("../w8a8")
