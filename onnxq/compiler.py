@@ -23,6 +23,7 @@ from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan
+from onnxq.planner import correction
 from onnxq.planner.outline import outline
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
@@ -215,6 +216,11 @@ class _Compilation:
             self._data_notices(calib, "calibration")
         with self.stage("scales"):
             plan = finish(found, graph, ranges, recipe, target)
+        if ranges and calib is not None and recipe.bias_correction:
+            with self.stage("correct"):
+                self.progress.total(correction.ROWS)
+                plan.bias_shifts = correction.mean_errors(graph, plan, calib, recipe.calibration, self.request.options,
+                                                          self.progress.step)
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
             self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept")
@@ -349,9 +355,10 @@ class _Compilation:
 
 
 def _results(graph: Graph, node: Node) -> tuple[str, ...]:
-    """What a node makes, and what an activation behind it does: the runtime fuses the two and the latter is left."""
+    """What a node makes, and what a bias or activation behind it does: the runtime fuses them and leaves the latter."""
     reader = graph.only_consumer(node.outputs[0]) if len(node.outputs) else None
-    fused = reader.outputs if reader is not None and reader.op in _ACTIVATIONS else []
+    behind = _ACTIVATIONS | {"Add"} if node.op == "MatMul" else _ACTIVATIONS
+    fused = reader.outputs if reader is not None and reader.op in behind else []
     return tuple(t.name for t in [*node.outputs, *fused])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
@@ -23,6 +24,7 @@ from onnxq.numerics.dtypes import by_name
 
 FLOAT = "float"
 GIVEN = "given"  # quantized by whoever made the model
+_SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class NodePlan:
 class Plan:
     """All verdicts and scales.
 
-    `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel).
+    `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel);
+    `bias_shifts` a node's name to what is added to its bias, float32 [C].
     """
 
     scheme: str
@@ -66,6 +69,7 @@ class Plan:
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     activations: dict[str, QuantParams] = field(default_factory=dict)
     weights: dict[str, QuantParams] = field(default_factory=dict)
+    bias_shifts: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -115,6 +119,7 @@ class Plan:
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],
                                           by_name(spec["dtype"]), spec["axis"], spec["block_size"])
+        plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
 
     def _verdicts(self) -> dict[str, object]:
@@ -128,5 +133,6 @@ class Plan:
     def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         pairs: Iterable[tuple[str, dict[str, QuantParams]]] = (
             ("activations", self.activations), ("weights", self.weights))
-        return {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))
-                for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}
+        scales = {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))
+                  for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}
+        return scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}

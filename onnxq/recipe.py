@@ -155,6 +155,7 @@ class Recipe:
     version: int = VERSION
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
+    bias_correction: bool = True
     data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()

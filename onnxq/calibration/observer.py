@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from onnxq.calibration.readers import Dataset
+from onnxq.calibration.dataset import Batch, Dataset
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph, save
 from onnxq.numerics import ranges
@@ -20,6 +21,13 @@ from onnxq.runtime.session import Session, SessionOptions
 Progress = Callable[[int], None]
 
 
+class Statistic(Protocol):
+    """What a tensor's values are folded into; ValueError for values that it can't take."""
+
+    def update(self, x: npt.NDArray[Any]) -> None:
+        """Fold in one batch."""
+
+
 def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions,
             progress: Progress | None = None, spec: TensorSpec | None = None) -> dict[str, tuple[float, float]]:
     """Tensor name -> (min, max) over the data, always with 0 inside; infinities don't count.
@@ -27,12 +35,23 @@ def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration
     The graph runs fully optimized with the wanted tensors as extra outputs; each batch is folded into the running
     ranges and dropped, so memory is that of one batch. `progress` gets the rows done so far. `spec` is how the tensors
     will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it.
-    Raises DataError when the data are empty, or when a tensor holds NaN, naming it and the first row of the batch.
+    Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
+    holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
     settings = _settings(how, spec)
     running = {name: ranges.make(how.ranges, **settings) for name in wanted}
+    fold(graph, running, data, how, options, progress)
+    return {name: found.result() for name, found in running.items()}
+
+
+def fold(graph: Graph, running: Mapping[str, Statistic], data: Dataset, how: Calibration, options: SessionOptions,
+         progress: Progress | None = None) -> None:
+    """Fold named tensors of a graph into running statistics, batch by batch; each batch is dropped behind it.
+
+    Raises DataError as `observe` does.
+    """
     inputs = {t.name for t in graph.inputs}
-    computed = [name for name in wanted if name not in inputs]
+    computed = [name for name in running if name not in inputs]
     rows = 0
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = Path(folder) / "calibrate.onnx"
@@ -40,14 +59,13 @@ def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration
         session = Session(path, options)
         for batch in data.batches(how.batch, how.samples):
             found = {**batch.feed, **session.run(batch.feed, computed)}
-            for name in wanted:  # in their order, so that NaN is blamed on the first tensor that holds it
-                _fold(running[name], found[name], name, batch.first_row, batch.rows)
+            for name, statistic in running.items():  # in order: NaN is blamed on the first tensor that holds it
+                _fold(statistic, found[name], name, batch)
             rows += batch.rows
             if progress is not None:
                 progress(rows)
     if rows == 0:
         raise DataError(f"{data.name} gave no rows to calibrate on; check that it isn't empty")
-    return {name: fold.result() for name, fold in running.items()}
 
 
 def _settings(how: Calibration, spec: TensorSpec | None) -> dict[str, Any]:
@@ -58,14 +76,27 @@ def _settings(how: Calibration, spec: TensorSpec | None) -> dict[str, Any]:
     return {}
 
 
-def _fold(running: ranges.Range, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], name: str, first: int,
-          rows: int) -> None:
+def _fold(running: Statistic, values: npt.NDArray[Any], name: str, batch: Batch) -> None:
     try:
         running.update(values)
     except ValueError:
-        where = f"row {first}" if rows == 1 else f"rows {first} to {first + rows - 1}"
-        raise DataError(f"tensor {name!r} holds NaN for {where} of the calibration data; look at that input, and at "
-                        "the float model with onnxq verify MODEL MODEL") from None
+        given = next((k for k, v in batch.feed.items() if v.dtype.kind == "f" and np.isnan(v).any()), None)
+        where = _where(values if given is None else batch.feed[given], batch)
+        if given is not None:
+            raise DataError(f"input {given!r} holds NaN in {where} of the calibration data; repair or leave out that "
+                            "row") from None
+        raise DataError(f"tensor {name!r} holds NaN for {where} of the calibration data, whose inputs hold none; the "
+                        "float model itself makes it, so look at that row or leave it out") from None
+
+
+def _where(values: npt.NDArray[Any], batch: Batch) -> str:
+    """The first row with NaN, counted over all the data; the rows of the batch where axis 0 is none."""
+    if values.ndim and len(values) == batch.rows:
+        bad = np.isnan(values).reshape(batch.rows, -1).any(axis=1)
+        return f"row {batch.first_row + int(np.argmax(bad))}"
+    if batch.rows == 1:
+        return f"row {batch.first_row}"
+    return f"rows {batch.first_row} to {batch.first_row + batch.rows - 1}"
 
 
 def check(how: Calibration) -> None:

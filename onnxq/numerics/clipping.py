@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from onnxq.numerics import affine
 from onnxq.numerics.dtypes import DType
@@ -23,6 +24,10 @@ Integers = npt.NDArray[np.int64]
 # Thresholds that the entropy search tries, evenly spaced in their logarithm (.8 % apart for 8 bits and 2048 bins).
 THRESHOLDS = 256
 
+# A bin with more than PEAK * (u + 4) values, u the median of the bins up to WINDOW around it, holds repeated values.
+PEAK = 2
+WINDOW = 16
+
 # What a code is taken to hold when it stands for clipped values only, in counts; without it the divergence is infinite.
 PSEUDO_COUNT = 0.5
 
@@ -34,58 +39,79 @@ FINE: Floats = 2.0 ** (np.arange(-8, 9) / 32)
 def entropy(histogram: Histogram, dtype: DType, symmetric: bool = False) -> tuple[float, float]:
     """The range [max(low, -t), min(high, t)], of the true [low, high] and a threshold t, that keeps most information.
 
+    The t with the least `divergence` is taken, of whole bin widths from all down to half as many as the type has
+    levels: below, bins don't show what codes lose. So for types of more levels than bins this is min-max.
+    """
+    low, high = histogram.extremes.result()
+    first, counts = histogram.within()
+    farthest, nearest = max(-first, first + counts.size), (dtype.qmax - dtype.qmin) / 2
+    if not counts.any() or farthest <= nearest:
+        return low, high
+    thresholds = np.unique(np.rint(np.geomspace(farthest, nearest, THRESHOLDS)).astype(np.int64))[::-1]
+    best = thresholds[np.argmin(divergence(histogram, thresholds, dtype, symmetric))] * histogram.bin_width
+    return with_zero(float(max(low, -best)), float(min(high, best)))
+
+
+def divergence(histogram: Histogram, thresholds: Integers, dtype: DType, symmetric: bool = False) -> Floats:
+    """What quantization to each range [max(low, -t), min(high, t)] loses, t a threshold in bin widths: nats [T].
+
     Of N values other than 0, c[i] lie in bin i. P is the distribution of the values clipped to the range: c[i] / N
     inside, the clipped values added to the two bins at its ends. Q is what is left of the unclipped values when bins
     that share a code can't be told apart: the count of each code, spread evenly over the bins that P has there, over N.
-    The bins of a code are those whose centres affine.quantize gives that code. The t with the least divergence
-    KL(P||Q) = sum P log(P / Q) is taken. Source: S. Migacz, 8-bit Inference with TensorRT, GTC 2017, except that
+    The bins of a code are those whose centres affine.quantize gives that code. The loss is the divergence KL(P||Q) =
+    sum P log(P / Q). Source: S. Migacz, 8-bit Inference with TensorRT, GTC 2017, except that
+    - inside a range, a bin of repeated values (see PEAK) counts as much as those around it: padding, clamped values or
+      the background of images have some code, too; sharing them out among bins would seem to lose all information;
     - Q is over N, not over the number of values inside, so a range that loses nearly all values doesn't look perfect;
     - a code that only clipped values fall on holds PSEUDO_COUNT values, so that a gap before an outlier is finite;
     - (bins of the code - 1) / 2N is taken off per code, what random counts of an even distribution diverge on average
       (Miller 1955): without it, few values make wide ranges look bad.
-    t is at least half as many bin widths as the type has levels: below, bins don't show what codes lose. So for types
-    of more levels than bins this is min-max. Time and memory: THRESHOLDS * levels, by sums over the bins of each code.
+    Time and memory: T * levels, by running sums over the bins. The histogram must hold a value other than 0.
     """
-    low, high = histogram.extremes.result()
     first, counts = histogram.within()
-    width, end = histogram.bin_width, first + counts.size
-    farthest, nearest = max(-first, end), (dtype.qmax - dtype.qmin) / 2
-    if not counts.any() or farthest <= nearest:
-        return low, high
-    thresholds = np.unique(np.rint(np.geomspace(farthest, nearest, THRESHOLDS)).astype(np.int64))[::-1]
-    lows, highs = np.maximum(low, -thresholds * width), np.minimum(high, thresholds * width)
-    scale, lowest = _grid(lows, highs, width, dtype, symmetric)
-    bottom, top = np.maximum(first, -thresholds)[:, None], np.minimum(end, thresholds)[:, None]
-    # Bin i has its centre at i + 1/2, so code k has the bins from (k - 1/2) * scale - 1/2 on.
-    codes = lowest + np.arange(dtype.qmax - dtype.qmin + 1)
-    lower = np.clip(np.ceil((codes - 0.5) * scale - 0.5), bottom, top).astype(np.int64)
-    lower[:, :1] = bottom  # values below the lowest code get it all the same
-    borders = np.concatenate([lower, top], axis=1) - first
-    best = int(np.argmin(_divergence(counts, borders)))
-    return with_zero(float(lows[best]), float(highs[best]))
-
-
-def _divergence(counts: Integers, borders: Integers) -> Floats:
-    """N * KL(P||Q) less its bias for each candidate [T]; code j of candidate i has the bins borders[i, j:j + 2]."""
-    rows = np.arange(len(borders))
+    borders = _borders(histogram, thresholds, dtype, symmetric) - first
+    rows, bottom, top = np.arange(len(borders)), borders[:, 0], borders[:, -1]
+    total = _running(counts)
+    counts = _without_peaks(counts)
     mass = np.diff(_running(counts)[borders])  # values of each code
     spread = np.diff(_running(counts > 0)[borders])  # bins among which Q shares them out
     within = _running(_xlogx(counts))
-    bottom, top = borders[:, 0], borders[:, -1]
-    divergence = within[top] - within[bottom]  # sum c log c: first of the inside, then with the clipped values
-    total = _running(counts)
+    loss = within[top] - within[bottom]  # N * KL(P||Q) in parts; sum c log c of the bins inside is the first
     clipped = []
     for outside, last in ((total[bottom], bottom), (total[-1] - total[top], top - 1)):
         code = (borders <= last[:, None]).sum(axis=1) - 1
         held = counts[last]
         spread[rows, code] += (outside > 0) & (held == 0)
-        divergence += _xlogx(held + outside) - _xlogx(held)
+        loss += _xlogx(held + outside) - _xlogx(held)
         clipped.append((outside, code))
     log_q = np.log(np.where(mass > 0, mass / np.maximum(spread, 1), PSEUDO_COUNT))
-    divergence -= (mass * log_q).sum(axis=1)
+    loss -= (mass * log_q).sum(axis=1)
     for outside, code in clipped:
-        divergence -= outside * log_q[rows, code]
-    return np.asarray(divergence - np.maximum(spread - 1, 0).sum(axis=1) / 2)
+        loss -= outside * log_q[rows, code]
+    loss -= np.maximum(spread - 1, 0).sum(axis=1) / 2
+    return np.asarray(loss / total[-1])
+
+
+def _without_peaks(counts: Integers) -> Integers:
+    """The counts [n], those of bins with repeated values lowered to what is usual around them."""
+    around = sliding_window_view(np.pad(counts, WINDOW, mode="symmetric"), 2 * WINDOW + 1)
+    usual = np.median(around, axis=1).astype(np.int64)  # of an odd number of counts: one of them
+    return np.where(counts > PEAK * (usual + 4), usual, counts)
+
+
+def _borders(histogram: Histogram, thresholds: Integers, dtype: DType, symmetric: bool) -> Integers:
+    """[T, levels + 1]: with a threshold of T, code j has the bins from borders[:, j] up to borders[:, j + 1]."""
+    low, high = histogram.extremes.result()
+    first, counts = histogram.within()
+    reach = thresholds * histogram.bin_width
+    scale, lowest = _grid(np.maximum(low, -reach), np.minimum(high, reach), histogram.bin_width, dtype, symmetric)
+    bottom = np.maximum(first, -thresholds)[:, None]
+    top = np.minimum(first + counts.size, thresholds)[:, None]
+    # Bin i has its centre at i + 1/2, so code k has the bins from (k - 1/2) * scale - 1/2 on.
+    codes = lowest + np.arange(dtype.qmax - dtype.qmin + 1)
+    lower = np.clip(np.ceil((codes - 0.5) * scale - 0.5), bottom, top).astype(np.int64)
+    lower[:, :1] = bottom  # values below the lowest code get it all the same
+    return np.concatenate([lower, top], axis=1)
 
 
 def mse(histogram: Histogram, dtype: DType, symmetric: bool = False) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from onnxq.errors import PassError
+from onnxq.errors import GraphError, PassError
 from onnxq.graph import Graph, Node
 from onnxq.plan import Plan
 from onnxq.targets import Target
@@ -91,10 +91,8 @@ class PassManager:
             context.current = step.name
             start = time.perf_counter()
             edited = step.run(graph, context)
-            if edited:
-                graph.sort()
             changed |= edited
-            faults = graph.check() if edited else []
+            faults = _faults(graph) if edited else []
             if faults:
                 raise PassError(f"pass {step.name} left an invalid graph ({faults[0]}) after "
                                 f"{', '.join(done) or 'no other pass'}; please report this with the model")
@@ -102,3 +100,12 @@ class PassManager:
                 hook(step, graph, time.perf_counter() - start)
             done.append(step.name)
         return changed
+
+
+def _faults(graph: Graph) -> list[str]:
+    """Bring the graph into order and look for faults; a cycle is one."""
+    try:
+        graph.sort()
+    except GraphError as e:
+        return [str(e)]
+    return graph.check()

@@ -27,6 +27,8 @@ def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) 
     Gemm of float weights is quantized, too: the runtime makes codes of them. A Relu is absorbed only where code 0
     stands for 0.
     """
+    if node.op == "Add" and any(_int32_bias(graph, t) for t in data):
+        return [NodePlan(node.name, node.op, GIVEN, GIVEN, "quantized already: it adds a bias stored as int32")]
     if not data or not all(_from_codes(graph, t) for t in data):
         return []
     whole = node.op not in ("Conv", "Gemm", "MatMul") or _from_codes(graph, node.inputs[1])
@@ -55,6 +57,12 @@ def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) 
 def _from_codes(graph: Graph, tensor: Tensor) -> bool:
     maker = graph.producer(tensor)
     return maker is not None and maker.op == "DequantizeLinear"
+
+
+def _int32_bias(graph: Graph, tensor: Tensor) -> bool:
+    maker = graph.producer(tensor)
+    return (maker is not None and maker.op == "DequantizeLinear" and is_constant(maker.inputs[0])
+            and str(dtype_of(maker.inputs[0])) == "int32")
 
 
 def _code_type(graph: Graph, node: Node | None) -> str:

@@ -154,13 +154,15 @@ def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
 # ------------------------------------------------------------------ what can't be used
 
 
-@pytest.mark.parametrize(("batch", "where"), [(1, "row 5"), (4, "rows 4 to 7"), (40, "rows 0 to 9")])
-def test_nan_in_the_data_names_the_input_and_the_rows(batch: int, where: str, tmp_path: Path, opened: Opener) -> None:
+@pytest.mark.parametrize("batch", [1, 4, 40])
+@pytest.mark.parametrize("wanted", [["x", "m"], ["m"], ["r", "x"]])
+def test_nan_in_the_data_names_the_input_and_the_row(wanted: list[str], batch: int, tmp_path: Path,
+                                                     opened: Opener) -> None:
     x = random(10, 8)
     x[5, 2] = np.nan
     np.savez(tmp_path / "d.npz", x=x)
-    with pytest.raises(DataError, match=f"tensor 'x' holds NaN for {where} of the calibration data"):
-        observed(opened(model()), ["x", "m"], str(tmp_path / "d.npz"), Calibration(None, batch))
+    with pytest.raises(DataError, match="input 'x' holds NaN in row 5 of the calibration data; repair or leave out"):
+        observed(opened(model()), wanted, str(tmp_path / "d.npz"), Calibration(None, batch))
 
 
 def test_nan_that_the_model_makes_names_the_first_tensor_that_holds_it(opened: Opener) -> None:
@@ -168,8 +170,15 @@ def test_nan_that_the_model_makes_names_the_first_tensor_that_holds_it(opened: O
                      {"y": None})
     feeds = [{"x": np.ones((1, 4), np.float32)}, {"x": np.full((1, 4), -1, np.float32)}]
     for ranges in ("minmax", "percentile"):
-        with pytest.raises(DataError, match="tensor 's' holds NaN for row 1 of"):
+        with pytest.raises(DataError, match=r"tensor 's' holds NaN for row 1 of .* the float model itself makes it"):
             observed(opened(nan), ["x", "s", "e"], feeds, Calibration(samples=None, ranges=ranges))
+
+
+def test_nan_in_a_tensor_without_rows_names_those_of_the_batch(opened: Opener) -> None:
+    nan = make_model([node("ReduceSum", "x", "t", keepdims=0), node("Sqrt", "t", "s")], {"x": ["N", 4]}, {"s": []})
+    x = np.ones((3, 4), np.float32)
+    with pytest.raises(DataError, match="tensor 's' holds NaN for rows 3 to 5 of"):
+        observed(opened(nan), ["s"], [{"x": x}, {"x": -x}])
 
 
 def test_no_rows_are_no_ranges(opened: Opener) -> None:

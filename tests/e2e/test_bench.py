@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ import onnx
 import pytest
 from conftest import make_model, node, random
 
-from onnxq import bench as bench_module
 from onnxq.bench import bench
 from onnxq.errors import DataError, ModelError, UsageError
 
+bench_module = importlib.import_module("onnxq.bench")  # onnxq.bench is the function
 KEYS = {"model", "other", "shapes", "threads", "data", "a_ms", "peak_memory_bytes", "environment"}
 
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxq.bench.BLOCK_SECONDS", 0.01)
+    monkeypatch.setattr(bench_module, "BLOCK_SECONDS", 0.01)
 
 
 @pytest.fixture

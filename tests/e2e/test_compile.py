@@ -194,8 +194,8 @@ def test_report_json_has_the_fields_that_the_issue_lists(result: Make) -> None:
     assert {"failures", "notices", "ok"} <= set(data["verdict"])
     assert {"onnxq", "target", "onnxruntime", "python", "processor", "cores"} <= set(data["environment"])
     assert data["recipe"]["scheme"]["name"] == STATIC
-    assert [s["name"] for s in data["stages"]] == [
-        "load", "canonicalize", "plan", "calibrate", "scales", "rewrite", "verify", "accuracy", "save"]
+    stages = ["load", "canonicalize", "plan", "calibrate", "scales", "rewrite", "verify", "accuracy", "save"]
+    assert [s["name"] for s in data["stages"] if s["name"] in stages] == stages
     assert all(s["seconds"] >= 0 for s in data["stages"])
 
 

@@ -42,7 +42,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def verified(path: Path, **options: Any) -> Report:
-    return onnxq.verify(FLOAT, path, **{"data": EVAL, "samples": 64, **options})
+    return onnxq.verify(FLOAT, path, **{"data": EVAL, "samples": 64, "threads": 1, **options})
 
 
 @BOTH_FORMATS
@@ -124,7 +124,7 @@ def test_a_broken_model_is_found(tmp_path: Path, compiled: Callable[[str], Path]
 
 
 def test_without_data_nothing_is_claimed(compiled: Callable[[str], Path]) -> None:
-    report = onnxq.verify(FLOAT, compiled("qoperator"))
+    report = onnxq.verify(FLOAT, compiled("qoperator"), threads=1)
     assert report.accuracy is None
     assert report.latency is not None
     assert any("no data were given" in n for n in report.verdict.notices)

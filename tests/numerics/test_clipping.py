@@ -61,10 +61,24 @@ def slow_quantizer(low, high, dtype, symmetric):
     return float(params.scale), dtype.qmin - int(params.zero_point), dtype.qmax - int(params.zero_point)
 
 
-def slow_divergence(counts, inside, code_of):
-    """KL(P||Q) less its bias, when the bins `inside` are kept and `code_of` gives the code of each."""
+def usual_count(counts, i, span):
+    """The count of bin i, or, when it is more than 2 u + 8, the median u of the 16 bins on each side of it and itself.
+
+    Beyond the ends of `span` the bins are mirrored, the outermost one included.
+    """
+    around = []
+    for j in range(i - 16, i + 17):
+        while j not in span:
+            j = 2 * span[0] - 1 - j if j < span[0] else 2 * span[-1] + 1 - j
+        around.append(counts.get(j, 0))
+    usual = sorted(around)[16]
+    return usual if counts.get(i, 0) > 2 * usual + 8 else counts.get(i, 0)
+
+
+def slow_divergence(counts, inside, code_of, span):
+    """KL(P||Q) less its bias, when the bins `inside` of `span` are kept and `code_of` gives the code of each."""
     total = sum(counts.values())
-    kept = {i: counts.get(i, 0) for i in inside}
+    kept = {i: usual_count(counts, i, span) for i in inside}
     p = dict(kept)
     for k, count in counts.items():
         if k < inside[0]:
@@ -83,11 +97,11 @@ def slow_divergence(counts, inside, code_of):
 
 
 def slow_entropy(values, bins, dtype, symmetric):
-    """{(low, high): divergence} of all candidates."""
+    """[(threshold in bins, low, high, divergence)] of all candidates."""
     width, counts, first, last = slow_bins(values, bins)
     low, high = min(0.0, *map(float, values)), max(0.0, *map(float, values))
     farthest, nearest = max(-first, last + 1), (dtype.qmax - dtype.qmin) / 2
-    found = {}
+    found = []
     if farthest <= nearest or not counts:
         return found
     for threshold in {round(float(t)) for t in np.geomspace(farthest, nearest, 256)}:
@@ -95,7 +109,8 @@ def slow_entropy(values, bins, dtype, symmetric):
         scale, lowest, highest = slow_quantizer(*candidate, dtype, symmetric)
         inside = range(max(first, -threshold), min(last + 1, threshold))
         codes = {i: nearest_code(i + 0.5, scale / width, lowest, highest) for i in inside}
-        found[candidate] = slow_divergence(counts, inside, codes.__getitem__)
+        loss = slow_divergence(counts, inside, codes.__getitem__, range(first, last + 1))
+        found.append((threshold, *candidate, loss))
     return found
 
 
@@ -114,25 +129,34 @@ def slow_squared_error(values, bins, low, high, dtype, symmetric, points=200):
 # ------------------------------------------------------------------ against them
 
 
+def check_entropy(values, bins, dtype, symmetric=False):
+    """Compare all divergences and the result with the slow reference; gives the number of candidates."""
+    candidates = slow_entropy(values, bins, dtype, symmetric)
+    histogram = fed(values, bins)
+    found = clipping.entropy(histogram, dtype, symmetric)
+    if not candidates:
+        assert found == (min(0.0, values.min()), max(0.0, values.max()))
+        return 0
+    thresholds, lows, highs, expected = (np.array(column) for column in zip(*candidates, strict=True))
+    np.testing.assert_allclose(clipping.divergence(histogram, thresholds, dtype, symmetric), expected, atol=1e-9)
+    best = expected[(lows == found[0]) & (highs == found[1])]
+    assert best.size
+    assert best.min() <= expected.min() + 1e-9
+    return thresholds.size
+
+
 @no_deadline
 @given(VALUES, TYPES)
 def test_entropy_against_a_slow_reference(values, kind):
-    candidates = slow_entropy(values, 64, *kind)
-    found = clipping.entropy(fed(values, 64), *kind)
-    if not candidates:
-        assert found == (min(0.0, values.min()), max(0.0, values.max()))
-        return
-    assert found in candidates
-    assert candidates[found] <= min(candidates.values()) + 1e-9
+    check_entropy(values, 64, *kind)
 
 
-def test_entropy_tries_many_thresholds():
-    values = np.random.default_rng(0).laplace(size=20_000)
-    candidates = slow_entropy(values.astype(np.float32), 512, UINT4, False)
-    assert len(candidates) > 100
-    found = clipping.entropy(fed(values, 512), UINT4)
-    assert candidates[found] == pytest.approx(min(candidates.values()), abs=1e-9)
-    assert found not in (min(candidates), max(candidates))  # neither the widest nor the narrowest
+@pytest.mark.parametrize("dtype", [UINT4, INT4])
+@pytest.mark.parametrize("size", [20, 300, 20_000])
+def test_entropy_tries_many_thresholds(size, dtype):
+    values = np.random.default_rng(size).laplace(size=size).astype(np.float32)
+    assert check_entropy(values, 512, dtype) > 50
+    assert check_entropy(np.abs(values), 512, dtype, symmetric=True) > 50
 
 
 @no_deadline
@@ -274,6 +298,24 @@ def test_a_clamped_activation_keeps_its_bound(kind):
     running = kind()
     running.update(x)
     assert running.result() == (0.0, 6.0)
+
+
+@pytest.mark.parametrize("place", [-1.7, 0.01, 1.2345, 3.0])
+def test_repeated_values_do_not_shrink_the_range_of_the_entropy(place):
+    x = np.random.default_rng(11).laplace(size=200_000).astype(np.float32)
+    without, repeated = Entropy(), Entropy()
+    without.update(x)
+    repeated.update(np.append(x, np.full(50_000, place, np.float32)))
+    assert repeated.result()[1] > 0.85 * without.result()[1]
+    assert without.result()[1] < x.max()
+
+
+def test_repeated_values_are_not_clipped():
+    x = np.random.default_rng(12).standard_normal(200_000).astype(np.float32)
+    x[:5000] = 20.0
+    running = Entropy()
+    running.update(x)
+    assert running.result()[1] == 20.0
 
 
 def test_entropy_of_types_with_more_levels_than_bins_is_minmax():

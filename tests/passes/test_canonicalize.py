@@ -12,7 +12,7 @@ import pytest
 from conftest import Opener, apply, assert_same, body, make_model, node, random, run, text
 from onnx import TensorProto
 
-from onnxq.graph import Graph, is_constant, shape_of
+from onnxq.graph import Graph, is_constant, save, shape_of
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.canonicalize.add_to_conv_bias import AddToConvBias
 from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
@@ -62,8 +62,6 @@ def _trier(opened: Opener, folder: Path, wanted: bool) -> Try:
 
 
 def _save(graph: Graph, path: Path) -> None:
-    from onnxq.graph import save
-
     save(graph, path)
     onnx.checker.check_model(str(path), full_check=True)
 

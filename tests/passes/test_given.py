@@ -11,6 +11,8 @@ import pytest
 from conftest import make_model, node, random
 from lowering_support import BOTH_FORMATS, Array, described, make
 
+from onnxq.verification import is_integer
+
 
 def given(op: str, attrs: dict[str, Any] | None = None, **change: Any) -> onnx.ModelProto:
     """A QDQ model as another tool writes it: x -> Q -> DQ -> op(.., DQ(w), DQ(b)) -> Q -> DQ -> y."""
@@ -150,3 +152,18 @@ def test_what_was_kept_float_once_is_kept_in_a_second_compilation(name: str, fmt
     wanted = once.run(once.compiled)["y"]
     allowed = 1e-5 if again.plan.nodes["two"].scheme == "float" else 0.02
     np.testing.assert_allclose(again.run(again.compiled)["y"], wanted, rtol=0, atol=allowed * np.abs(wanted).max())
+
+
+@BOTH_FORMATS
+def test_the_bias_of_a_matmul_that_came_quantized(fmt: str, tmp_path: Path) -> None:
+    """MatMul and Add become one Gemm in the runtime; the Add is no float node that ran in integers against the plan."""
+    model = make_model([node("MatMul", "x w", "m", name="fc"), node("Add", "m b", "y", name="bias")], {"x": [4, 32]},
+                       {"y": [4, 32]}, {"w": random(32, 32), "b": random(32, seed=1)})
+    feeds = [{"x": random(4, 32)}]
+    once = make(model, tmp_path, feeds, "qdq")
+    again = make(once.compiled, tmp_path, feeds, fmt)
+    assert described(again.plan.nodes["bias"]) == "given: quantized already: it adds a bias stored as int32"
+    again.rows()  # finds no fault
+    assert {"QGemm" if fmt == "qdq" else "MatMulIntegerToFloat"} == {op for op in again.ops() if is_integer(op)}
+    wanted = once.run(once.compiled)["y"]
+    np.testing.assert_allclose(again.run(again.compiled)["y"], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())

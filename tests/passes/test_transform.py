@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 from conftest import Opener, apply, assert_same, make_model, node, random, run
 
@@ -39,8 +40,6 @@ def ops(model: Any) -> list[str]:
 
 def fused(path: Path, folder: Path) -> set[str]:
     """Operators of the graph that onnxruntime makes of a model."""
-    import onnxruntime
-
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 4

@@ -28,6 +28,8 @@ class KeepLayerNorm(Pass):
         add = graph.producer(node.inputs[0])
         if add is None or add.op != "Add" or add.domain:
             return False
+        if graph.only_consumer(add.outputs[0]) is None:
+            return context.skip(node, f"the sum of {add.name} is read elsewhere too, which the runtime does not fuse")
         verdict = context.plan.node(add.name)
         if verdict is not None and verdict.scheme != "float":
             return context.skip(node, f"{add.name} is quantized")

@@ -1,0 +1,44 @@
+"""Bias correction takes the mean error out of a layer's output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from conftest import make_model, node, run
+
+from onnxq import compile
+from onnxq.recipe import Recipe, scheme
+
+
+def _model(path: Path) -> Path:
+    """Two Convs whose inputs cover a range that rounding to 8 bits shifts: most values sit between two codes."""
+    rng = np.random.default_rng(3)
+    weights = {"w": rng.normal(size=(24, 16, 1, 1)).astype(np.float32), "b": np.zeros(24, np.float32)}
+    model = make_model([node("Conv", "x w b", "y", kernel_shape=[1, 1])],
+                       {"x": ["n", 16, 4, 4]}, {"y": ["n", 24, 4, 4]}, weights)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def _data(rows: int, seed: int) -> dict[str, np.ndarray]:
+    # one far value makes a code 1/25.5 wide; all others stand .4 above a code, so rounding takes .4 of each
+    codes = np.random.default_rng(seed).integers(0, 60, (rows, 16, 4, 4))
+    x = ((codes + 0.4) / 25.5).astype(np.float32)
+    x[:, :, 0, 0] = 10.0
+    return {"x": x}
+
+
+def test_the_mean_of_the_output_comes_back(tmp_path: Path) -> None:
+    model = _model(tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", **_data(32, seed=4))
+    errors = {}
+    for on in (False, True):
+        out = tmp_path / f"{on}.onnx"
+        recipe = Recipe(scheme("w8a8"), bias_correction=on)
+        report = compile(model, out, recipe=recipe, calib=tmp_path / "calib.npz", measure=False)
+        assert report.ok, report.verdict.failures
+        feed = _data(64, seed=5)
+        exact, found = (run(p, feed, optimize=True)["y"] for p in (model, out))
+        errors[on] = np.abs((exact - found).mean(axis=(0, 2, 3))).max()
+    assert errors[True] < errors[False] / 3
