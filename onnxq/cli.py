@@ -137,6 +137,8 @@ def cli() -> None:
                    "w8a8-dynamic-tensor without]")
 @click.option("--recipe", metavar="FILE", help="A recipe in YAML instead of a scheme; --print-recipe shows the form.")
 @click.option("--calib", metavar="DATA", help=f"Calibration data: {_DATA}.")
+@click.option("--ranges", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
+              help="How the ranges of activations are found.  [default: minmax, or the recipe's]")
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
@@ -182,7 +184,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
         raise click.UsageError("--dump-after needs --dump DIR, the folder to write to.")
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
-        names = ("scheme", "recipe", "calib", "samples", "batch", "metric", "max_drop", "keep_float")
+        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "metric", "max_drop", "keep_float")
         resolved = compiler.resolve(**{name: options[name] for name in names})
         _print_json(resolved.to_dict()) if as_json else _print(resolved.to_yaml())
         return

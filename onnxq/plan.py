@@ -23,6 +23,7 @@ from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 
 FLOAT = "float"
+STATIC, TENSOR, TOKEN = "static", "tensor", "token"  # when and for what an activation's scale is found
 GIVEN = "given"  # quantized by whoever made the model
 _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 
@@ -34,8 +35,9 @@ class NodePlan:
     `scheme` is a scheme's name, `float` or `given`; `lowering` the kernel that shall run it, or `float`.
     `int_inputs` are the input positions read as codes, `int_output` tells whether the result is stored as codes.
     `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `weight` the quantized
-    weight; `bias_add` the Add node whose constant becomes the bias; `part_of` the node
-    whose kernel computes this one too (an absorbed Relu, a bias Add).
+    weight; `activation` when the scale of what is read is known: `static`, or at run time per `tensor` or per `token`
+    (row); `bias_add` the Add node whose constant becomes the bias; `part_of` the node whose kernel computes this one
+    too (an absorbed Relu, a bias Add).
     """
 
     node: str
@@ -47,6 +49,7 @@ class NodePlan:
     int_output: bool = False
     result: str | None = None
     weight: str | None = None
+    activation: str = STATIC
     bias_add: str | None = None
     part_of: str | None = None
 

@@ -26,7 +26,8 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor` or per `channel`."""
+    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor`, `channel` or
+    `token` (row of a dynamic activation)."""
 
     dtype: str = "int8"
     symmetric: bool = True

@@ -77,7 +77,7 @@ def test_complete_folders_are_cases_and_unknown_names_are_refused(
     assert models.folder_cases(Path()) == [case]  # absolute, as the steps run elsewhere
     assert (case.border, case.sequences, case.batch(8)) == (2, ((0, 3), (3, 5)), 1)
     assert models.Case.from_dict(json.loads(json.dumps(case.to_dict()))) == case
-    with pytest.raises(ValueError, match="no model nope; there are digits_cnn, .*, decoder, loop, light_res"):
+    with pytest.raises(ValueError, match=r"no model nope; there are digits_cnn, .*, decoder, loop, light_res"):
         models.find(tmp_path, ["loop", "nope"], tmp_path)
     assert [c.name for c in models.find(tmp_path, ["loop"], tmp_path)] == ["loop"]
     for wrong in (["--only", "nope"], ["--models", str(tmp_path / "none")], ["--json", str(tmp_path / "none" / "f")]):

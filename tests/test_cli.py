@@ -25,7 +25,7 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifie
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
-    "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
+    "ranges": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
     "force": False, "measure": True, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
@@ -103,6 +103,7 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--target", "cpu"], {"target": "cpu"}),
     (["--threads", "2"], {"threads": 2}),
     (["--format", "qdq"], {"format": "qdq"}),
+    (["--ranges", "mse"], {"ranges": "mse"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
     (["--no-measure"], {"measure": False}),
     (["--dump", "d"], {"dump": "d"}),
@@ -159,7 +160,7 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                    "--max-drop", "1%", "--keep-float", "x*", "--threads", "3")
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
-                           "metric": "f1", "max_drop": "1%", "keep_float": ("x*",)})]
+                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",)})]
     assert compiled == []
 
 

@@ -191,7 +191,7 @@ def test_shipped_schemes(name: str) -> None:
     for spec in (found.activations, found.weights):
         if spec is not None:
             assert dtypes.by_name(spec.dtype)
-            assert spec.granularity in ("tensor", "channel")
+            assert spec.granularity in ("tensor", "channel", "token")
     assert found.is_dynamic is ("dynamic" in name)
     assert recipe.parse(f"scheme: {name}").scheme == found
     assert name in recipe.scheme_text(name)
@@ -200,7 +200,7 @@ def test_shipped_schemes(name: str) -> None:
 def test_scheme_names() -> None:
     assert "w8a8" in recipe.scheme_names()
     assert recipe.scheme("float").is_float
-    with pytest.raises(UsageError, match=r"there is no scheme 'w8a8-dynamic'; known: w8a8-dynamic-tensor.*\(onnxq sch"):
-        recipe.scheme("w8a8-dynamic")
+    with pytest.raises(UsageError, match=r"there is no scheme 'w8a8-dynamics'; known: w8a8-dynamic.*\(onnxq sch"):
+        recipe.scheme("w8a8-dynamics")
     with pytest.raises(UsageError, match=r"there is no scheme '\.\./w8a8'"):
         recipe.scheme("../w8a8")

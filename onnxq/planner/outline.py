@@ -123,7 +123,8 @@ class _Outliner:
     def _name_taken(self, node: Node, link: Chain) -> str | None:
         """A model that was compiled once holds names such as `x.q`."""
         tensors = [link.result, *(node.inputs[:2] if node.op in WEIGHTED else self._data_inputs(node))]
-        wanted = [f"{t.name}.{part}" for t in tensors for part in ("q", "scale", "zero_point", "dq", "raw")]
+        wanted = [f"{t.name}.{part}" for t in tensors for part in (
+            "q", "scale", "zero_point", "dq", "raw", "colsum", "row_low", "row_high", "row_scale")]
         wanted += [f"{node.name}.{part}" for part in (
             "bias", "bias.q", "bias.scale", "bias.dq", "sums", "floats", "factor", "scaled")]
         taken = next((name for name in wanted if self.graph.has(name)), None)
@@ -249,15 +250,17 @@ class _Outliner:
 
     def _dynamic(self) -> Outline:
         found = Outline()
+        spec = self.recipe.scheme.activations
+        assert spec is not None
         for node in self.graph.nodes:
             if node.name in self.int_nodes:
                 add = self.chains[node.name].bias_add
-                scheme, lowering = self.recipe.scheme.name, self.target.lowerings[(node.op, "dynamic")]
+                scheme, lowering = self.recipe.scheme.name, self.target.lowerings[(node.op, spec.granularity)]
                 found.nodes[node.name] = NodePlan(
                     node.name, node.op, scheme, lowering,
-                    "constant weights; the activation's scale is computed at run time", int_inputs=(0,),
+                    f"constant weights; a scale per {spec.granularity} of the activation at run time", int_inputs=(0,),
                     result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name,
-                    bias_add=add.name if add is not None else None)
+                    activation=spec.granularity, bias_add=add.name if add is not None else None)
                 if add is not None:
                     found.nodes[add.name] = NodePlan(add.name, add.op, scheme, lowering,
                                                      f"computed by the kernel of {node.name}", part_of=node.name)

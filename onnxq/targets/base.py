@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 class Target:
     """Facts that the planner obeys.
 
-    `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers;
+    `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers, and
+    (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
     `slow_fusions` names fusions of the runtime that are slower than what they replace.

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq.graph import CONTRIB, Graph, Node, Tensor, is_constant
 from onnxq.passes.manager import Context, Pass
+from onnxq.plan import TENSOR
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LowerDynamicMatMul(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Lower one MatMulInteger that the Plan made."""
         verdict = context.plan.node(node.name)
-        if verdict is None or verdict.lowering != "DynamicQuantizeMatMul" or node.op != "MatMulInteger":
+        if verdict is None or verdict.activation != TENSOR or node.op != "MatMulInteger":
             return False
         quantize = graph.producer(node.inputs[0])
         cast = graph.only_consumer(node.outputs[0])

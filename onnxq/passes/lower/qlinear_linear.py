@@ -11,6 +11,7 @@ from onnxq.graph import CONTRIB, Graph, Node, Tensor, is_constant
 from onnxq.passes.lower import pattern
 from onnxq.passes.lower.pattern import Codes, Stored
 from onnxq.passes.manager import Context, Pass
+from onnxq.plan import STATIC
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class LowerLinear(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Lower one MatMul or Gemm."""
         verdict = context.plan.node(node.name)
-        if verdict is None or node.op not in ("MatMul", "Gemm"):
+        if verdict is None or node.op not in ("MatMul", "Gemm") or verdict.activation != STATIC:
             return False
         if verdict.lowering not in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm"):
             return False

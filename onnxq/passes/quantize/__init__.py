@@ -6,9 +6,11 @@ from onnxq.passes.manager import Pass
 from onnxq.passes.quantize.activations import QuantizeActivations
 from onnxq.passes.quantize.biases import QuantizeBiases
 from onnxq.passes.quantize.dynamic import QuantizeDynamic
+from onnxq.passes.quantize.per_token import QuantizePerToken
 from onnxq.passes.quantize.weights import QuantizeWeights
 
 
 def quantize() -> list[Pass]:
     """The passes in their order: a bias needs the activation's name from before its DequantizeLinear."""
-    return [QuantizeDynamic(), QuantizeBiases(), QuantizeWeights(), QuantizeActivations()]
+    return [QuantizeDynamic(), QuantizePerToken(), QuantizeBiases(), QuantizeWeights(),
+            QuantizeActivations()]

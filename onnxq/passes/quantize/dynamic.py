@@ -8,6 +8,7 @@ from typing import ClassVar
 from onnxq.graph import Graph, Node, Tensor
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.quantize.weights import store_weight
+from onnxq.plan import TENSOR
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class QuantizeDynamic(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Rewrite one linear node."""
         verdict = context.plan.node(node.name)
-        if verdict is None or verdict.lowering != "DynamicQuantizeMatMul" or node.op not in ("MatMul", "Gemm"):
+        if verdict is None or verdict.activation != TENSOR or node.op not in ("MatMul", "Gemm"):
             return False
         assert verdict.weight is not None
         x, result = node.inputs[0], node.outputs[0]

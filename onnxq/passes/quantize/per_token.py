@@ -11,20 +11,21 @@ from onnxq.graph import Graph, Node, Tensor, shape_of
 from onnxq.numerics import affine
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.quantize.weights import store_weight
+from onnxq.plan import TOKEN
 
-PER_TOKEN = "PerTokenMatMul"
+ONE, ZERO_CODE = "onnxq.one", "onnxq.zero_code"  # scale and zero point of codes whose row scale is applied apart
 _LEVELS = 255.0
 _LEAST_SCALE = 1e-30  # of a constant row, whose codes are all 0 whatever the scale
 
 
 @dataclass(frozen=True)
 class QuantizePerToken(Pass):
-    """x W  =>  s * (c Wq) w_scale + low * colsum + bias, with c = round((x - low) / s) and one s, low per row of x.
+    """x W + b  =>  s * ((c Wq) * w_scale) + (low * colsum + b), with c = round((x - low) / s), s and low per row of x.
 
     x is float32 [..., K]; low and s = (high - low) / 255 are float32 [..., 1]; c is uint8 [..., K] with zero point 0;
-    Wq int8 [K, N]; w_scale float32 [N]; colsum float32 [N] is the sum over K of Wq * w_scale. Products accumulate in
-    int32. The row's least value stays exact, so that rows need not contain 0. Rounds half to even.
-    Source: the asymmetric form of per-token quantization in SmoothQuant (2211.10438, table of granularities).
+    Wq int8 [K, N]; w_scale float32 [N]; colsum float32 [1, N] is the sum over K of Wq * w_scale. Products accumulate in
+    int32. A row's least value is exact, so rows need not contain 0. Rounds half to even.
+    Source: per-token quantization of activations as in SmoothQuant (2211.10438), in its asymmetric form.
     """
 
     name: ClassVar[str] = "quantize-per-token"
@@ -32,18 +33,18 @@ class QuantizePerToken(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Rewrite one linear node."""
         verdict = context.plan.node(node.name)
-        if verdict is None or verdict.lowering != PER_TOKEN or node.op not in ("MatMul", "Gemm"):
+        if verdict is None or verdict.activation != TOKEN or node.op not in ("MatMul", "Gemm"):
             return False
         assert verdict.weight is not None
-        params, x, result = context.plan.weights[verdict.weight], node.inputs[0], node.outputs[0]
-        weight, name = node.inputs[1], node.name
-        codes, scale, low = _row_codes(graph, x)
-        w_codes, w_scale, _ = store_weight(graph, weight, params)
-        colsum = f"{weight.name}.colsum"
+        bias, result = _take_bias(graph, node, verdict.bias_add)
+        codes, scale, low = _row_codes(graph, node.inputs[0])
+        params = context.plan.weights[verdict.weight]
+        w_codes, w_scale, _ = store_weight(graph, node.inputs[1], params)
+        colsum = f"{verdict.weight}.colsum"
         if not graph.has(colsum):
             decoded = affine.dequantize(graph.read(w_codes), params)
             graph.constant(colsum, decoded.sum(axis=0, dtype=np.float64).astype(np.float32)[None])
-        bias = node.inputs[2] if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name else None
+        name = node.name
         graph.remove(node)
         sums = graph.like(result, f"{name}.sums", "int32")
         graph.add_node("MatMulInteger", name, [codes, w_codes], [sums])
@@ -55,6 +56,20 @@ class QuantizePerToken(Pass):
             offset = _step(graph, "Add", [offset, bias], result, f"{name}/bias")
         graph.add_node("Add", f"{name}/sum", [product, offset], [result])
         return True
+
+
+def _take_bias(graph: Graph, node: Node, bias_add: str | None) -> tuple[Tensor | None, Tensor]:
+    """(bias or None, the result behind it); an Add that the Plan joins to the node is taken out."""
+    if node.op == "Gemm":
+        return node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None, node.outputs[0]
+    if bias_add is None:
+        return None, node.outputs[0]
+    add = graph.only_consumer(node.outputs[0])
+    assert add is not None
+    bias, result = next(t for t in add.inputs if t is not node.outputs[0]), add.outputs[0]
+    graph.remove(add)
+    graph.set_output(node, 0, result)
+    return bias, result
 
 
 def _step(graph: Graph, op: str, inputs: list[Tensor], like: Tensor, name: str,
@@ -81,8 +96,8 @@ def _row_codes(graph: Graph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     graph.add_node("Max", f"{x.name}/row_scale", [step, least], [scale])
     above = _step(graph, "Sub", [x, low], x, f"{x.name}/above")
     units = _step(graph, "Div", [above, scale], x, f"{x.name}/units")
-    one = graph.shared_constant("onnxq.one", np.asarray(1, np.float32))
-    zero = graph.shared_constant("onnxq.zero_code", np.asarray(0, np.uint8))
+    one = graph.shared_constant(ONE, np.asarray(1, np.float32))
+    zero = graph.shared_constant(ZERO_CODE, np.asarray(0, np.uint8))
     codes = graph.like(x, f"{x.name}.q", "uint8")
     graph.add_node("QuantizeLinear", f"{x.name}/quantize", [units, one, zero], [codes])
     return codes, scale, low
