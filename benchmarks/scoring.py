@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.detections import FaceF1
 from benchmarks.models import LABELS, Array, Case, read
-from onnxq.numerics.metrics import Comparison, Perplexity, Psnr, Spearman, TopK
+from onnxq.numerics.metrics import Comparison, Perplexity, Psnr, Spearman, TopK, drop
 from onnxq.runtime.session import Session
 
 BATCH = 32  # rows at once where the batch is dynamic
@@ -231,8 +231,8 @@ def _agreement_score(case: Case, data: Data, reference: Session, model: Session 
 
 
 def _figures(case: Case, before: float, after: float, rows: int) -> dict[str, Any]:
-    drop = before - after if case.higher_is_better else after - before
-    return {"float": before, "value": after, "drop": drop, "ratio": after / before, "rows": rows}
+    return {"float": before, "value": after, "drop": drop(case.higher_is_better, before, after),
+            "ratio": after / before, "rows": rows}
 
 
 class _Distance:
