@@ -19,6 +19,7 @@ from onnxq.errors import ModelError, UsageError
 from onnxq.graph import Graph, dtype_of, is_constant, load, save, stored_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.progress import Progress, Silent
+from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size, Stage
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
@@ -51,7 +52,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
         graphs = (load(paths[0]), load(paths[1]))
         _check_ports(*graphs)
         report.scheme = _scheme(graphs[1], report)
-        given = open_data(data if data is not None else "random", graphs[0].ports())
+        given = open_data(data if data is not None else "random", graphs[0].ports(), how=_preprocessing(graphs[1]))
     feeds = verification.first_feeds(given, batch, 1)
     if data is None:
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
@@ -98,6 +99,12 @@ def _scheme(graph: Graph, report: Report) -> str:
         return ""
     report.recipe = json.loads(recipe)
     return str(report.recipe["scheme"]["name"])
+
+
+def _preprocessing(compiled: Graph) -> Preprocessing:
+    """How the compilation's recipe read images or text, so that verification reads them likewise."""
+    text = compiled.metadata.get("onnxq.recipe")
+    return parse(text).data if text is not None else Preprocessing()
 
 
 def layer_errors(reference: Graph, compiled: Graph, data: Dataset, batch: int | None,

@@ -179,3 +179,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert found == path.read_text(encoding="utf-8"), f"{name} differs; if it should, run pytest --regen"
 
     return compare
+
+
+# ------------------------------------------------------------------ data
+
+
+@pytest.fixture(name="save", params=[np.savez, np.savez_compressed], ids=["stored", "compressed"])
+def npz_saver(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Writes an .npz both ways: as it is, and compressed."""
+    return request.param  # type: ignore[no-any-return]

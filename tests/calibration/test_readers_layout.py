@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from readers_support import F32, FIXED4, I64, IDS, STATEFUL, Save, X, feeds, floats, joined
 
-from onnxq.calibration.readers import Dataset, open_data
+from onnxq.calibration.readers import open_data
 from onnxq.errors import DataError, UsageError
 from onnxq.ports import Port
-
-F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
-X = Port("x", F32, ("N", 3))
-IDS = Port("ids", I64, ("N", None))
-FIXED4 = Port("x", F32, (4, 3))
-STATEFUL = [Port("input", F32, ("batch", 5)), Port("sr", I64, ()), Port("state", F32, (2, "batch", 3))]
-Save = Callable[..., None]
-
-
-def floats(*shape: int) -> np.ndarray[Any, Any]:
-    return np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-
-
-def feeds(data: Dataset, **limits: int) -> list[dict[str, np.ndarray[Any, Any]]]:
-    return [batch.feed for batch in data.batches(**limits)]
-
-
-def joined(data: Dataset, name: str = "x", **limits: int) -> np.ndarray[Any, Any]:
-    return np.concatenate([feed[name] for feed in feeds(data, **limits)])
-
-
-@pytest.fixture(params=[np.savez, np.savez_compressed], ids=["stored", "compressed"])
-def save(request: pytest.FixtureRequest) -> Save:
-    return request.param  # type: ignore[no-any-return]
-
 
 # ------------------------------------------------------------------ cutting into batches
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import make_model, node, random
+from conftest import make_model, node, random, run
 from lowering_support import BOTH_FORMATS, MODELS
 
 import onnxq
 from onnxq import verification
 from onnxq.errors import DataError, ModelError, UsageError
+from onnxq.recipe import Preprocessing, Recipe, scheme
 from onnxq.report.report import Report
 
 FLOAT = MODELS / "digits_cnn" / "model.onnx"
@@ -166,3 +167,22 @@ def test_a_model_without_float_outputs_has_nothing_to_agree_on(tmp_path: Path) -
     assert '"compiled": null' in report.to_json()
     assert not onnxq.verify(path, path, data=data, min_sqnr=20).ok
     assert not onnxq.verify(path, path, data=data, max_drop="1%").ok
+
+
+def test_images_are_read_as_the_compilation_read_them(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    with np.load(EVAL) as z:
+        rows, labels = z["image"][:60], z["labels"][:60]
+    for k, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        folder = tmp_path / "images" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.rint(row[0] * 2).astype(np.uint8)).save(folder / f"{k}.png")
+    recipe = Recipe(scheme("w8a8"), data=Preprocessing(scale=0.5))
+    onnxq.compile(FLOAT, tmp_path / "q.onnx", recipe=recipe, calib=tmp_path / "images", measure=False)
+    found = onnxq.verify(FLOAT, tmp_path / "q.onnx", data=tmp_path / "images", metric="top1").accuracy
+    feed = np.rint(rows * 2).astype(np.float32)
+    right, dim = ((run(FLOAT, {"image": feed * np.float32(by)})["logits"].argmax(-1) == labels).mean()
+                  for by in (0.5, 1 / 255))
+    assert found is not None
+    assert found.float == pytest.approx(right)
+    assert dim < right - 0.2  # what the default scale would have given
