@@ -35,6 +35,11 @@ class TensorSpec:
     dynamic: bool = False
 
 
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("int8",), "symmetric": (True,), "granularity": ("tensor", "channel"), "dynamic": (False,)}
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token")}
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Numeric formats of activations and weights and the operators that take them; float when both are None."""
@@ -44,6 +49,19 @@ class Scheme:
     activations: TensorSpec | None = None
     weights: TensorSpec | None = None
     operators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel computes, rather than compute something else. Raises RecipeError naming the key."""
+        specs = (("weights", self.weights, _WEIGHTS), ("activations", self.activations, _ACTIVATIONS))
+        for path, spec, choices in specs:
+            for key, allowed in choices.items() if spec is not None else ():
+                given = getattr(spec, key)
+                if given not in allowed:
+                    words = ", ".join(str(a).lower() for a in allowed)
+                    raise RecipeError(f"scheme.{path}.{key}: {str(given).lower()} has no kernel here; use {words}")
+        if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
+            raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
+                              "true")
 
     @property
     def is_float(self) -> bool:

@@ -31,27 +31,30 @@ def _stripped(name: str) -> Iterator[str]:
 def verdicts(graph: Graph, recipe: Recipe) -> dict[str, str]:
     """Node name -> why a rule or `keep_float` leaves it float.
 
-    Raises UsageError when a `keep_float` glob matches nothing, with near matches.
+    Raises UsageError when a glob of `keep_float` or of a rule matches nothing, with near matches.
     """
     kept: dict[str, str] = {}
-    unmatched = set(recipe.fallback.keep_float)
+    unmatched = dict.fromkeys(recipe.fallback.keep_float, "--keep-float")
+    unmatched |= {rule.match.name: f"rules[{k}].match.name:" for k, rule in enumerate(recipe.rules)
+                  if rule.match.name is not None}
     known: list[str] = []
     for node, holder in graph.walk():  # those in bodies are float anyway, but may be named
         names = names_of(holder, node)
         known += names
         for glob in recipe.fallback.keep_float:
             if matches(glob, names):
-                unmatched.discard(glob)
                 kept.setdefault(node.name, f"kept float as asked ({glob})")
+        for glob in [g for g in unmatched if matches(g, names)]:
+            del unmatched[glob]
         for rule in recipe.rules:
             if (rule.match.op in (None, node.op)) and (rule.match.name is None or matches(rule.match.name, names)):
                 if rule.scheme == FLOAT.name:
                     kept.setdefault(node.name, rule.reason or "kept float by a rule of the recipe")
                 break
     if unmatched:
-        glob = sorted(unmatched)[0]
+        glob, where = next(iter(unmatched.items()))
         bare = expand_braces(glob)[0].strip("*").replace(".", "/")
         plain = {name.replace(".", "/"): name for name in known}
         near = [plain[n] for n in difflib.get_close_matches(bare, plain, 3, 0.5)] or sorted(set(known))[:3]
-        raise UsageError(f"--keep-float {glob!r} matches no node; near: {', '.join(near)}")
+        raise UsageError(f"{where} {glob!r} matches no node; near: {', '.join(near)}")
     return kept

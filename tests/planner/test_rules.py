@@ -9,7 +9,7 @@ from lowering_support import canonical, recipe
 
 from onnxq.errors import UsageError
 from onnxq.planner.rules import names_of, verdicts
-from onnxq.recipe import Match, Rule
+from onnxq.recipe import Match, Recipe, Rule, scheme
 
 WEIGHTS = {"encoder.layer.0.w": random(32, 32), "encoder.layer.1.w": random(16, 32, seed=1), "b": random(16)}
 
@@ -87,3 +87,10 @@ def test_keep_float_comes_before_rules(opened: Opener) -> None:
     rules = [Rule(Match(name="act"), "w8a8")]
     assert verdicts(canonical(opened(model())), recipe(rules=rules, keep=["act"])) == {
         "act": "kept float as asked (act)"}
+
+
+def test_a_rule_whose_glob_matches_nothing_is_named(opened: Opener) -> None:
+    graph = opened(make_model([node("Relu", "x", "y")], {"x": ["n", 4]}, {"y": ["n", 4]}))
+    chosen = Recipe(scheme("w8a8"), rules=(Rule(Match(name="y"), "float"), Rule(Match(name="*lm_head*"), "float")))
+    with pytest.raises(UsageError, match=r"rules\[1\]\.match\.name: '\*lm_head\*' matches no node; near: "):
+        verdicts(graph, chosen)
