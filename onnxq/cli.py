@@ -251,6 +251,25 @@ def bench_models(model: str, other: str | None, shapes: dict[str, int], threads:
     _print_json(found) if as_json else _print(terminal.bench(found))
 
 
+@cli.command("inspect", short_help="Tell what is in a model and what can be quantized.")
+@click.argument("model", metavar="MODEL")
+@click.option("--scheme", metavar="NAME", default="w8a8", show_default=True, help="The scheme whose verdicts to show.")
+@json_option
+@debug_option
+def inspect_model(model: str, scheme: str, as_json: bool) -> None:
+    """Tell what is in MODEL, which nodes a scheme would quantize, and why not the others; nothing is run.
+
+    \b
+    Examples:
+      onnxq inspect model.onnx
+      onnxq inspect model.onnx --scheme w8a8-dynamic --json
+    """
+    from onnxq.inspection import inspect
+
+    found = inspect(model, scheme=scheme)
+    _print_json(found) if as_json else _print(terminal.inspection(found))
+
+
 @cli.command("schemes", short_help="List the named schemes.")
 @click.argument("name", required=False, metavar="[NAME]")
 @json_option

@@ -169,6 +169,9 @@ class _Compilation:
             how, ports = request.recipe.data, graph.ports()
             calib = open_data(request.calib, ports, how=how) if request.calib is not None else None
             evaluation = open_data(request.evaluation, ports, how=how) if request.evaluation is not None else None
+            scored = evaluation or calib
+            if scored is not None:
+                verification.check_labels(request.goal, scored)
         with self.stage("canonicalize"):
             self._canonicalize(graph)
         self.context.plan = self._plan(graph, calib)

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxq import plugins
 from onnxq.calibration.readers import Dataset
-from onnxq.errors import UsageError
+from onnxq.errors import DataError, UsageError
 from onnxq.graph import read_nodes
 from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
@@ -66,6 +66,21 @@ def make(name: str) -> Metric:
         raise UsageError(f"{name} does not say which way is better; set {name.split(':')[1]}.higher_is_better = True "
                          "or False")
     return compare.FunctionMetric(function, name, higher)
+
+
+def check_labels(goal: Goal, data: Dataset) -> None:
+    """Refuse data whose labels are missing or of the wrong number for the metric, before any work. Raises DataError.
+
+    A generator's labels come with its feeds and are seen then.
+    """
+    if goal.metric is None or goal.metric in COMPARISONS or plugins.is_reference(goal.metric) or data.rows is None:
+        return
+    per_label = make(goal.metric).rows_per_label
+    if data.labels is None:
+        raise DataError(f"metric {goal.metric} needs labels, and {data.name} has none; add an array named labels")
+    if len(data.labels) * per_label != data.rows:
+        raise DataError(f"{data.name} has {len(data.labels)} labels for {data.rows} rows; metric {goal.metric} wants "
+                        f"{'one label per row' if per_label == 1 else f'one label per {per_label} rows'}")
 
 
 def accuracy(reference: str | Path, compiled: str | Path, data: Dataset, goal: Goal, options: SessionOptions,

@@ -53,6 +53,8 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
         _check_ports(*graphs)
         report.scheme = _scheme(graphs[1], report)
         given = open_data(data if data is not None else "random", graphs[0].ports(), how=_preprocessing(graphs[1]))
+        if data is not None:
+            verification.check_labels(goal, given)
     feeds = verification.first_feeds(given, batch, 1)
     if data is None:
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "

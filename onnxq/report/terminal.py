@@ -20,7 +20,7 @@ from rich.text import Text
 
 from onnxq.progress import Progress, Silent
 from onnxq.report import wording
-from onnxq.report.report import Report
+from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
 MAX_OUTPUTS = 4
@@ -58,6 +58,25 @@ def bench(found: dict[str, Any]) -> str:
         if len(models) == 2:
             speed = wording.speed(found["ratio"], found["low"], found["high"])
             _line(console, f"{wording.clean(str(found['other']))} is {speed}", "bold")
+
+    return _text(draw)
+
+
+def inspection(found: dict[str, Any]) -> str:
+    """The result of onnxq.inspect: ports, weights, and nodes in groups."""
+    report = Report(found["model"], None, found["scheme"], nodes=[
+        NodeRow(**{**row, "ran_as": row["lowering"]}) for row in found["nodes"]])  # what would run
+
+    def draw(console: Console) -> None:
+        _line(console, wording.clean(f"{found['model']}: opset {found['opset']}"), "bold")
+        for kind in ("inputs", "outputs"):
+            for name, port in found[kind].items():
+                _line(console, wording.clean(f"  {kind[:-1]} {name}: {port}"))
+        stored = ", ".join(f"{wording.size(count)} {dtype}" for dtype, count in found["weight_bytes"].items())
+        _line(console, f"  weights: {stored or 'none'}; {found['int8_share']:.0%} of float32 would be int8")
+        _line(console)
+        _line(console, f"under scheme {found['scheme']} on {found['target']}, before anything is measured", "dim")
+        _groups(console, report, "--json")
 
     return _text(draw)
 

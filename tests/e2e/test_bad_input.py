@@ -172,8 +172,17 @@ def test_data_that_can_not_be_read(case: str, here: Path) -> None:
 
 
 def test_a_metric_without_its_labels(here: Path) -> None:
-    with refused(DataError, "labels"):
+    with refused(DataError, "metric top1 needs labels, and data.npz has none"):
         compiled(eval="data.npz", metric="top1")
+
+
+def test_labels_of_another_metric(here: Path) -> None:
+    np.savez("pairs.npz", **DATA, labels=np.arange(10))
+    with refused(DataError, "pairs.npz has 10 labels for 20 rows; metric top1 wants one label per row"):
+        compiled(eval="pairs.npz", metric="top1")
+    np.savez("single.npz", **DATA, labels=np.arange(20))
+    with refused(DataError, "has 20 labels for 20 rows; metric spearman wants one label per 2 rows"):
+        compiled(eval="single.npz", metric="spearman")
 
 
 def test_a_generator_that_fails(here: Path) -> None:

@@ -1,0 +1,73 @@
+"""inspect(): what is in a model, what a scheme would quantize, and why not the rest; no data, nothing is run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import verification
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, dtype_of, is_constant, load, shape_of
+from onnxq.passes.canonicalize import canonicalize
+from onnxq.passes.manager import Context, PassManager
+from onnxq.plan import NodePlan
+from onnxq.planner.outline import outline
+from onnxq.ports import Port
+from onnxq.recipe import Recipe
+from onnxq.recipe import scheme as named_scheme
+from onnxq.targets import TARGETS
+
+
+def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:
+    """A model's ports, operators and weights (bytes by dtype), and each node's verdict under a scheme.
+
+    `int8_share` is the share of float32 weight bytes that the scheme would turn into int8. Verdicts are those of the
+    planner: a compilation also measures, and may leave float what does not pay. Raises UsageError for an unknown
+    scheme or target, and what loading a model raises.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
+    recipe = Recipe(named_scheme(scheme))
+    graph = load(model)
+    operators = Counter(_operator(node) for node, _ in graph.walk())
+    ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}
+    PassManager(canonicalize()).run(graph, Context(TARGETS[target]))
+    nodes = outline(graph, recipe, TARGETS[target]).nodes
+    weights = _weights(graph)
+    by_dtype: Counter[str] = Counter()
+    for dtype, count in weights.values():
+        by_dtype[dtype] += count
+    return {"model": str(model), "scheme": scheme, "target": target, "opset": graph.opset, **ports,
+            "operators": dict(operators.most_common()), "weight_bytes": dict(by_dtype.most_common()),
+            "int8_share": _int8_share(nodes, weights),
+            "nodes": [dataclasses.asdict(verification.row(n)) for n in nodes.values()]}
+
+
+def _operator(node: Any) -> str:
+    return f"{node.domain}.{node.op}" if node.domain else str(node.op)
+
+
+def _ports(tensors: list[Any]) -> dict[str, str]:
+    return {t.name: str(Port(t.name, dtype_of(t), shape_of(t))) for t in tensors}
+
+
+def _weights(graph: Graph) -> dict[str, tuple[str, int]]:
+    """Stored tensor -> (dtype, bytes), each once, those of bodies included."""
+    found: dict[str, tuple[str, int]] = {}
+    for node, _ in graph.walk():
+        for tensor in node.inputs:
+            if is_constant(tensor):
+                dtype = dtype_of(tensor)
+                count = int(np.prod([int(d or 0) for d in shape_of(tensor) or ()], dtype=np.int64))
+                found[tensor.name] = (str(dtype), count * (dtype.itemsize if dtype is not None else 1))
+    return found
+
+
+def _int8_share(nodes: dict[str, NodePlan], weights: dict[str, tuple[str, int]]) -> float:
+    total = sum(count for dtype, count in weights.values() if dtype == "float32")
+    chosen = {n.weight for n in nodes.values() if n.is_int and n.weight is not None}
+    return sum(weights[name][1] for name in chosen if name in weights) / total if total else 0.0
