@@ -133,12 +133,12 @@ def semantic(reference: str | Path, compiled: str | Path, twin: str | Path, feed
     is what the roundings of int8 alone may cost.
     """
     plain = SessionOptions(options.provider, options.threads, optimize=False)
-    against_twin = _worst(Session(twin, plain), Session(compiled, plain), feeds)
-    against_itself = _worst(Session(compiled, plain), Session(compiled, options), feeds)
+    unoptimized, deployed = Session(compiled, plain), Session(compiled, options)
+    against_twin = _worst(Session(twin, plain), unoptimized, feeds)
+    against_itself = _worst(unoptimized, deployed, feeds)
     for what, db in (("its QDQ form", against_twin), ("itself without optimization", against_itself)):
         if db is not None and db < LEAST_SEMANTIC_DB:
-            with_float = _worst(Session(reference, SessionOptions(threads=options.threads)), Session(compiled, options),
-                                feeds)
+            with_float = _worst(Session(reference, SessionOptions(threads=options.threads)), deployed, feeds)
             if with_float is None or db <= with_float:
                 verdict.failures.append(f"the compiled graph and {what} agree to {db:.1f} dB only: a kernel computes "
                                         "something else; please report this")

@@ -117,6 +117,11 @@ class Graph:
         found: dict[int, Node] = {id(n): n for n in tensor.outputs}
         return list(found.values())
 
+    @staticmethod
+    def optional_input(node: Node, index: int) -> Tensor | None:
+        """Input `index` of a node, None where the node omits it."""
+        return node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
+
     def only_consumer(self, tensor: Tensor) -> Node | None:
         """The one node that reads the tensor, None when there are several readers or it is a graph output."""
         users = self.consumers(tensor)
@@ -177,6 +182,18 @@ class Graph:
         self._node_names.add(name)
         return node
 
+    def add_reduction(self, op: str, name: str, tensor: Tensor, result: Tensor, axes: Sequence[int],
+                      keepdims: bool) -> Node:
+        """Append ReduceMin, ReduceMax or ReduceMean, whose axes are an attribute below opset 18 and an input from then.
+
+        The axes are stored as `NAME.axes`.
+        """
+        attrs: dict[str, Any] = {"keepdims": int(keepdims)}
+        if self.opset < 18:
+            return self.add_node(op, name, [tensor], [result], {"axes": list(axes), **attrs})
+        stored = self.constant(f"{name}.axes", np.asarray(axes, np.int64))
+        return self.add_node(op, name, [tensor, stored], [result], attrs)
+
     def remove(self, node: Node) -> None:
         """Take a node out; its outputs keep their consumers, so rewire those first."""
         for inner in [node, *(n for g in self._bodies(node) for n in g.nodes)]:
@@ -189,8 +206,11 @@ class Graph:
 
     @staticmethod
     def replace_input(node: Node, index: int, tensor: Tensor) -> None:
-        """Make input `index` of a node read another tensor."""
-        node.inputs[index] = tensor
+        """Make input `index` of a node read another tensor; one past the last adds an input that was omitted."""
+        if index == len(node.inputs):
+            node.inputs.append(tensor)
+        else:
+            node.inputs[index] = tensor
 
     @staticmethod
     def set_output(node: Node, index: int, tensor: Tensor) -> None:

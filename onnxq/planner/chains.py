@@ -91,7 +91,7 @@ def weighted(graph: Graph, node: Node) -> str | None:
     if dtype_of(weight) != np.float32:
         return f"its weights are {dtype_of(weight)}, not float32"
     dims = shape_of(weight) or ()
-    bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+    bias = graph.optional_input(node, 2)
     if bias is not None and not is_constant(bias):
         return "its bias is computed at run time"
     if node.op in ("MatMul", "Gemm") and len(dims) != 2:

@@ -50,11 +50,12 @@ def shadow(graph: Graph, plan: Plan) -> tuple[Graph, dict[str, str]]:
         node = nodes.get(verdict.node)
         if node is None or verdict.weight is None or node.inputs[0].name not in plan.activations:
             continue
-        if node.op not in ("Conv", "Gemm") or len(node.inputs) < 3 or not node.inputs[2].name:
+        bias = copy.optional_input(node, 2)
+        if node.op not in ("Conv", "Gemm") or bias is None:
             continue
         x = _decoded_activation(copy, node.inputs[0], plan.activations[node.inputs[0].name])
         w = _decoded_weight(copy, node.inputs[1], plan.weights[verdict.weight])
-        outputs[node.name] = _mean_difference(copy, node, [x, w, node.inputs[2]])
+        outputs[node.name] = _mean_difference(copy, node, [x, w, bias])
     copy.sort()
     return copy, outputs
 
@@ -85,9 +86,5 @@ def _mean_difference(graph: Graph, node: Node, inputs: list[Tensor]) -> str:
     graph.add_node("Sub", f"{name}/error", [result, shadowed], [error])
     axes = [k for k in range(len(shape_of(node.inputs[1]) or ())) if k != 1]
     mean = graph.variable(f"{name}.mean_error", "float32")
-    if graph.opset >= 18:  # ReduceMean-18 takes its axes as an input
-        stored = graph.constant(f"{name}.error_axes", np.asarray(axes, np.int64))
-        graph.add_node("ReduceMean", f"{name}/mean_error", [error, stored], [mean], {"keepdims": 0})
-    else:
-        graph.add_node("ReduceMean", f"{name}/mean_error", [error], [mean], {"axes": axes, "keepdims": 0})
+    graph.add_reduction("ReduceMean", f"{name}/mean_error", error, mean, axes, keepdims=False)
     return str(mean.name)

@@ -67,9 +67,8 @@ def _int32_bias(graph: Graph, tensor: Tensor) -> bool:
 
 def _code_type(graph: Graph, node: Node | None) -> str:
     """dtype of the codes that a Q makes or a DQ reads, by its zero point; uint8 without one (ONNX's default)."""
-    if node is None or len(node.inputs) < 3 or not node.inputs[2].name:
-        return "uint8"
-    return str(dtype_of(node.inputs[2]))
+    zero_point = graph.optional_input(node, 2) if node is not None else None
+    return "uint8" if zero_point is None else str(dtype_of(zero_point))
 
 
 def _starts_at_zero(graph: Graph, tensor: Tensor) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnxq.errors import ModelError
-from onnxq.graph import Graph, Node, Tensor
+from onnxq.graph import Graph, Node
 from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.plan import NodePlan, Plan
-from onnxq.planner.outline import WEIGHTED, Outline
+from onnxq.planner.outline import Outline
 from onnxq.recipe import Recipe
 from onnxq.targets import Target
 
@@ -51,7 +51,7 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
                              "export the model again")
         axis = (0 if node.op == "Conv" else values.ndim - 1) if spec.granularity == "channel" else None
         plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
-    bias = _bias(node)
+    bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")
     if bias is not None and node.inputs[0].name in plan.activations:
@@ -66,8 +66,3 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
             plan.weights[weight.name] = QuantParams(np.maximum(scale, params.scale), params.zero_point, params.dtype,
                                                     params.axis)
 
-
-def _bias(node: Node) -> Tensor | None:
-    if node.op not in WEIGHTED - {"MatMul"} or len(node.inputs) < 3 or not node.inputs[2].name:
-        return None
-    return node.inputs[2]

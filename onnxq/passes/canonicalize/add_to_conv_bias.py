@@ -40,15 +40,13 @@ class AddToConvBias(Pass):
         if len(padded) != rank or padded[1] not in (1, channels) or any(d != 1 for k, d in enumerate(padded) if k != 1):
             return context.skip(node, "what it adds is not one number per channel")
         bias = np.broadcast_to(added.reshape(-1), (channels,))
-        if len(conv.inputs) > 2 and conv.inputs[2].name:
-            if not is_constant(conv.inputs[2]):
+        own = graph.optional_input(conv, 2)
+        if own is not None:
+            if not is_constant(own):
                 return context.skip(node, "the Conv's own bias is computed")
-            bias = bias + np.asarray(graph.read(conv.inputs[2]))
-        tensor = graph.constant(f"{node.name}.bias.added", bias)  # not after the Conv: a second Add may follow
-        if len(conv.inputs) > 2:
-            conv.inputs[2] = tensor
-        else:
-            conv.inputs.append(tensor)
+            bias = bias + np.asarray(graph.read(own))
+        # not named after the Conv: a second Add may follow
+        graph.replace_input(conv, 2, graph.constant(f"{node.name}.bias.added", bias))
         result = node.outputs[0]
         graph.remove(node)
         graph.set_output(conv, 0, result)

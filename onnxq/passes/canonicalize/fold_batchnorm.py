@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
+from onnxq.graph import Graph, Node, is_constant, shape_of
 from onnxq.passes.manager import Context, Pass
 
 
@@ -47,9 +47,9 @@ class FoldBatchNorm(Pass):
     def _fold(self, node: Node, producer: Node, graph: Graph) -> None:
         gamma, beta, mean, var = (np.asarray(graph.read(t), np.float64) for t in node.inputs[1:5])
         gain = gamma / np.sqrt(var + float(node.attrs.get("epsilon", 1e-5)))
-        weight, bias = producer.inputs[1], producer.inputs[2] if len(producer.inputs) > 2 else None
+        weight, bias = producer.inputs[1], graph.optional_input(producer, 2)
         channels = len(gain)
-        old_bias = np.zeros(channels) if bias is None or not bias.name else np.asarray(graph.read(bias), np.float64)
+        old_bias = np.zeros(channels) if bias is None else np.asarray(graph.read(bias), np.float64)
         if producer.op == "Gemm":
             old_bias = old_bias * float(producer.attrs.pop("beta", 1.0))
         shape = [1] * len(shape_of(weight) or ())
@@ -60,18 +60,11 @@ class FoldBatchNorm(Pass):
         # a weight that several layers share is folded once for each
         shared = len(graph.consumers(weight)) > 1
         name = f"{weight.name}.{producer.name}.bn" if shared else f"{weight.name}.bn"
-        self._put(producer, 1, graph.constant(name, folded))
+        graph.replace_input(producer, 1, graph.constant(name, folded))
         new_bias = ((old_bias - mean) * gain + beta).astype(values.dtype)
-        self._put(producer, 2, graph.constant(f"{node.name}.bias.bn", new_bias))
+        graph.replace_input(producer, 2, graph.constant(f"{node.name}.bias.bn", new_bias))
         graph.remove(node)
         graph.set_output(producer, 0, result)
-
-    @staticmethod
-    def _put(producer: Node, index: int, tensor: Tensor) -> None:
-        if index < len(producer.inputs):
-            producer.inputs[index] = tensor
-        else:
-            producer.inputs.append(tensor)
 
 
 def _channel_axis(producer: Node) -> int:

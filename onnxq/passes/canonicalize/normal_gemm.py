@@ -26,7 +26,7 @@ class NormalGemm(Pass):
             return False
         alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
         trans_b = bool(node.attrs.get("transB", 0))
-        bias = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
+        bias = graph.optional_input(node, 2)
         if node.attrs.get("transA", 0):
             return context.skip(node, "its activation is transposed")
         if not is_constant(node.inputs[1]) or (bias is not None and not is_constant(bias)):

@@ -23,7 +23,8 @@ class RemoveIdentity(Pass):
             mask = node.outputs[1] if len(node.outputs) > 1 else None
             if mask is not None and mask.name and (len(mask.outputs) or graph.is_output(mask)):
                 return context.skip(node, "its mask is read")
-            if len(node.inputs) > 2 and node.inputs[2].name and graph.scalar(node.inputs[2]) != 0:
+            training = graph.optional_input(node, 2)
+            if training is not None and graph.scalar(training) != 0:
                 return context.skip(node, "it may train")
         before = len(graph.nodes)
         graph.bypass(node)

@@ -39,7 +39,7 @@ class Stored:
 def read(graph: Graph, tensor: Tensor) -> Codes | None:
     """The codes behind a DequantizeLinear with an explicit zero point, else None."""
     node = graph.producer(tensor)
-    if node is None or node.op != DEQUANTIZE or len(node.inputs) < 3 or not node.inputs[2].name:
+    if node is None or node.op != DEQUANTIZE or graph.optional_input(node, 2) is None:
         return None
     return _codes(node, node.inputs[0])
 

@@ -31,8 +31,9 @@ class LowerConv(Pass):
         if found is None or not pattern.activation(found.codes):
             return context.skip(node, "its result is not quantized to uint8 right behind it")
         bias: list[Tensor | None] = []
-        if len(node.inputs) > 2 and node.inputs[2].name:
-            codes = pattern.bias(graph, node.inputs[2], x, w)
+        given = graph.optional_input(node, 2)
+        if given is not None:
+            codes = pattern.bias(graph, given, x, w)
             if codes is None:
                 return context.skip(node, "its bias is not int32 of the products' scale")
             bias = [codes]

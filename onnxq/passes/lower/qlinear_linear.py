@@ -53,9 +53,9 @@ class LowerLinear(Pass):
         attrs = dict(node.attrs)
         if attrs.pop("alpha", 1.0) != 1.0 or attrs.pop("beta", 1.0) != 1.0:
             return context.skip(node, "it scales its product or its bias")
-        has_bias = len(node.inputs) > 2 and bool(node.inputs[2].name)
-        bias = pattern.bias(graph, node.inputs[2], x, w) if has_bias else None
-        if has_bias and bias is None:
+        given = graph.optional_input(node, 2)
+        bias = pattern.bias(graph, given, x, w) if given is not None else None
+        if given is not None and bias is None:
             return context.skip(node, "its bias is not int32 of the products' scale")
         behind: list[Tensor | None] = [found.codes.scale, found.codes.zero_point] if found is not None else []
         pattern.finish(graph, node, found, "QGemm", [*x.inputs, *w.inputs, bias, *behind], attrs, CONTRIB)

@@ -56,6 +56,6 @@ def _bias_of(graph: Graph, node: Node, bias_add: str | None) -> tuple[Node | Non
         add = next(n for n in graph.consumers(node.outputs[0]) if n.name == bias_add)
         other: list[Tensor] = list(add.inputs)
         return add, 1 if other[0] is node.outputs[0] else 0
-    if node.op in ("Conv", "Gemm") and len(node.inputs) > 2 and node.inputs[2].name:
+    if node.op in ("Conv", "Gemm") and graph.optional_input(node, 2) is not None:
         return node, 2
     return None, 0

@@ -32,7 +32,7 @@ class QuantizeDynamic(Pass):
         codes, scale, zero_point = self._quantized(graph, x)
         w_codes, w_scale, _ = store_weight(graph, node.inputs[1], context.plan.weights[verdict.weight])
         name = node.name
-        bias = node.inputs[2] if node.op == "Gemm" and len(node.inputs) > 2 and node.inputs[2].name else None
+        bias = graph.optional_input(node, 2)  # of a Gemm; a MatMul has two inputs
         graph.remove(node)
         sums = graph.like(result, f"{name}.sums", "int32")
         graph.add_node("MatMulInteger", name, [codes, w_codes, zero_point], [sums])

@@ -61,7 +61,7 @@ class QuantizePerToken(Pass):
 def _take_bias(graph: Graph, node: Node, bias_add: str | None) -> tuple[Tensor | None, Tensor]:
     """(bias or None, the result behind it); an Add that the Plan joins to the node is taken out."""
     if node.op == "Gemm":
-        return node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None, node.outputs[0]
+        return graph.optional_input(node, 2), node.outputs[0]
     if bias_add is None:
         return None, node.outputs[0]
     add = graph.only_consumer(node.outputs[0])
@@ -86,8 +86,10 @@ def _row_codes(graph: Graph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return graph.made(f"{x.name}.q"), graph.made(f"{x.name}.row_scale"), graph.made(f"{x.name}.row_low")
     dims = shape_of(x)
     column = [*dims[:-1], 1] if dims else None
-    low = _reduced(graph, x, "ReduceMin", f"{x.name}.row_low", column)
-    high = _reduced(graph, x, "ReduceMax", f"{x.name}.row_high", column)
+    low = graph.variable(f"{x.name}.row_low", "float32", column)
+    graph.add_reduction("ReduceMin", f"{x.name}/row_low", x, low, [-1], keepdims=True)
+    high = graph.variable(f"{x.name}.row_high", "float32", column)
+    graph.add_reduction("ReduceMax", f"{x.name}/row_high", x, high, [-1], keepdims=True)
     levels = graph.shared_constant("onnxq.levels", np.asarray(1 / _LEVELS, np.float32))
     least = graph.shared_constant("onnxq.least_scale", np.asarray(_LEAST_SCALE, np.float32))
     spread = _step(graph, "Sub", [high, low], low, f"{x.name}/row_spread")
@@ -101,13 +103,3 @@ def _row_codes(graph: Graph, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = graph.like(x, f"{x.name}.q", "uint8")
     graph.add_node("QuantizeLinear", f"{x.name}/quantize", [units, one, zero], [codes])
     return codes, scale, low
-
-
-def _reduced(graph: Graph, x: Tensor, op: str, name: str, shape: list[int | str | None] | None) -> Tensor:
-    result = graph.variable(name, "float32", shape)
-    if graph.opset >= 18:  # ReduceMin-18 takes its axes as an input
-        axes = graph.shared_constant("onnxq.last_axis", np.asarray([-1], np.int64))
-        graph.add_node(op, f"{name}/{op.lower()}", [x, axes], [result], {"keepdims": 1})
-    else:
-        graph.add_node(op, f"{name}/{op.lower()}", [x], [result], {"axes": [-1], "keepdims": 1})
-    return result
