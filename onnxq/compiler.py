@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import BudgetSpec, Calibration, Fallback, Recipe, read, scheme_names
 from onnxq.recipe import scheme as named_scheme
-from onnxq.report.report import NodeRow, Report, Size, Stage
+from onnxq.report.report import NodeRow, Report, Size
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import TARGETS, Target
@@ -190,12 +189,8 @@ class _Compilation:
         self.report.nodes += self.removed
         return self.report
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        self.progress.stage(name)
-        start = time.perf_counter()
-        yield
-        self.report.stages.append(Stage(name, time.perf_counter() - start))
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        return verification.stage(self.report, self.progress, name)
 
     # -------------------------------------------------------------- plan
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
 from onnxq.plan import FLOAT, NodePlan, Plan
 from onnxq.progress import Progress, Silent
-from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Semantic, Verdict
+from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Stage, Verdict
 from onnxq.runtime import compare, measure
 from onnxq.runtime.observe import Executed, Planned, executed, match
 from onnxq.runtime.session import Session, SessionOptions
@@ -54,6 +56,15 @@ class Goal:
             parse_drop(self.max_drop)
             if self.metric == "sqnr":
                 raise UsageError("sqnr has no float value to drop from; ask for onnxq verify --min-sqnr DB instead")
+
+
+@contextmanager
+def stage(report: Report, progress: Progress, name: str) -> Iterator[None]:
+    """Tell the progress that a stage begins, and note in the report how long it took."""
+    progress.stage(name)
+    start = time.perf_counter()
+    yield
+    report.stages.append(Stage(name, time.perf_counter() - start))
 
 
 def make(name: str) -> Metric:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from onnxq.graph import Graph, dtype_of, is_constant, load, save, stored_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
-from onnxq.report.report import LayerRow, Report, Size, Stage
+from onnxq.report.report import LayerRow, Report, Size
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import TARGETS
@@ -48,7 +45,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     options = SessionOptions(TARGETS[target].provider, threads)
     report = Report(str(float_model), str(compiled), "")
     bar, paths = progress or Silent(), (Path(float_model), Path(compiled))
-    with _stage(report, bar, "load"):
+    with verification.stage(report, bar, "load"):
         graphs = (load(paths[0]), load(paths[1]))
         _check_ports(*graphs)
         report.scheme = _scheme(graphs[1], report)
@@ -59,31 +56,23 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     if data is None:
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                       "give --data DATA")
-    with _stage(report, bar, "measure"):
+    with verification.stage(report, bar, "measure"):
         report.latency = verification.latency(*paths, feeds, options, given.name, progress=bar)
-    with _stage(report, bar, "read back"):
+    with verification.stage(report, bar, "read back"):
         report.nodes = verification.ran_rows(paths[1], feeds, options)
     if verification.slower(report.latency):
         report.verdict.notices.append(f"the compiled model is slower than float: {report.latency.speedup:.2f}x")
     if data is not None:
-        with _stage(report, bar, "accuracy"):
+        with verification.stage(report, bar, "accuracy"):
             bar.total(given.rows)
             report.accuracy = verification.accuracy(*paths, given, goal, options, report.verdict, batch=batch,
                                                     samples=samples, progress=bar.step)
     if layers:
-        with _stage(report, bar, "layers"):
+        with verification.stage(report, bar, "layers"):
             report.layers = layer_errors(*graphs, given, batch, options)
     report.size = Size(stored_bytes(paths[0]), stored_bytes(paths[1]))
     report.environment = {"onnxq": VERSION, "target": target, **environment()}
     return report
-
-
-@contextmanager
-def _stage(report: Report, progress: Progress, name: str) -> Iterator[None]:
-    progress.stage(name)
-    start = time.perf_counter()
-    yield
-    report.stages.append(Stage(name, time.perf_counter() - start))
 
 
 def _check_ports(a: Graph, b: Graph) -> None:
