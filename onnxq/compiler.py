@@ -21,14 +21,15 @@ from onnxq.passes.lower import lower
 from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
-from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan
+from onnxq.plan import GIVEN, Plan
 from onnxq.planner import correction
 from onnxq.planner.outline import outline
+from onnxq.planner.retreat import all_float, without_int8
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import BudgetSpec, Calibration, Fallback, Recipe, read, scheme_names
 from onnxq.recipe import scheme as named_scheme
-from onnxq.report.report import NodeRow, Report, Size
+from onnxq.report.report import Latency, NodeRow, Report, Size
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import TARGETS, Target
@@ -222,7 +223,7 @@ class _Compilation:
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
             self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept")
-        if not plan.quantized():
+        if not plan.changes:
             self.report.verdict.notices.append(f"nothing {'more ' if given else ''}in this model can be quantized "
                                                "under this scheme; each node's reason is in the report")
         if recipe.scheme.is_dynamic:
@@ -230,8 +231,8 @@ class _Compilation:
         return plan
 
     def _dynamic_notice(self, plan: Plan) -> None:
-        convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and n.scheme == FLOAT)
-        left = f", {convs} Conv stay float" if convs else ""
+        convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
+        left = f", {convs} Conv compute in float" if convs else ""
         hint = "; --calib DATA brings static int8, faster and for Conv, too" if self.request.calib is None else ""
         self.report.verdict.notices.append(f"scheme {plan.scheme}: linear layers only{left}{hint}")
 
@@ -244,7 +245,7 @@ class _Compilation:
     # -------------------------------------------------------------- rewrite
 
     def _rewrite(self, graph: Graph, twin: Path) -> None:
-        if self.context.plan.quantized():
+        if self.context.plan.changes:
             self._passes(transform(), graph)
             self._passes(quantize(), graph)
             save(graph, twin)
@@ -277,17 +278,14 @@ class _Compilation:
         request, report = self.request, self.report
         data = evaluation or calib
         feeds, source = self._feeds(canonical, data)
-        if feeds and request.measure and self.context.plan.quantized():
+        if feeds and request.measure and self.context.plan.changes:
             with self.stage("measure"):
-                report.latency = verification.latency(request.model, compiled, feeds, request.options, source,
-                                                      progress=self.progress)
-            if verification.slower(report.latency):
-                graph = self._back_to_float(canonical, compiled, feeds, source)
+                graph = self._settle(graph, canonical, compiled, twin, feeds, source)
         if feeds:
             with self.stage("verify"):
                 report.nodes = verification.what_ran(self.context.plan, compiled, feeds, request.options,
                                                      report.verdict, self.made)
-                if self.context.plan.quantized():
+                if self.context.plan.changes:
                     report.semantic = verification.semantic(request.model, compiled, twin, feeds, request.options,
                                                             report.verdict)
         else:
@@ -311,22 +309,30 @@ class _Compilation:
                                            "give --eval DATA")
         return feeds, "random inputs"
 
-    def _back_to_float(self, canonical: Graph, compiled: Path, feeds: list[dict[str, Any]], source: str) -> Graph:
-        """int8 does not pay on this model and machine: the result is the float graph, with float's own kernels."""
-        found = self.report.latency
-        assert found is not None
-        reason = f"the int8 model took {found.compiled_ms:.3g} ms against {found.float_ms:.3g} in float: nothing pays"
-        self.report.verdict.notices.append(
-            f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({found.compiled_ms:.3g} against "
-            f"{found.float_ms:.3g} ms); --no-measure keeps it all the same")
-        plan = self.context.plan
-        self.context.plan = Plan(plan.scheme, plan.target, {
-            n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int else n for n in plan.nodes.values()})
-        self._sign(canonical)
-        save(canonical, compiled)
-        self.report.latency = verification.latency(self.request.model, compiled, feeds, self.request.options, source,
-                                                   progress=self.progress)
-        return canonical
+    def _settle(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, feeds: list[dict[str, Any]],
+                source: str) -> Graph:
+        """Time the result; what is slower than float gives way to float kernels, then to the float graph as it came."""
+        while True:
+            found = verification.latency(self.request.model, compiled, feeds, self.request.options, source,
+                                         progress=self.progress)
+            self.report.latency = found
+            if not self.context.plan.changes or not verification.slower(found):
+                return graph
+            self.context.plan = self._retreat(canonical, found)
+            graph = canonical.copy()
+            self._rewrite(graph, twin)
+            self._sign(graph)
+            save(graph, compiled)
+
+    def _retreat(self, canonical: Graph, found: Latency) -> Plan:
+        plan, notices = self.context.plan, self.report.verdict.notices
+        took = f"{found.compiled_ms:.3g} against {found.float_ms:.3g} ms"
+        if plan.quantized():
+            notices.append(f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({took}); "
+                           "--no-measure keeps it all the same")
+            return without_int8(plan, canonical, self.request.recipe, f"int8 does not pay here: {took} in float")
+        notices.append(f"decoding the stored weights takes time here ({took}), so they stay float")
+        return all_float(plan, f"decoding stored weights does not pay here: {took} in float")
 
     def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
         request = self.request

@@ -23,6 +23,7 @@ from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 
 FLOAT = "float"
+STORED = "stored"  # scheme and lowering of nodes that compute in float on weights kept as int8
 STATIC, TENSOR, TOKEN = "static", "tensor", "token"  # when and for what an activation's scale is found
 GIVEN = "given"  # quantized by whoever made the model
 _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
@@ -32,12 +33,12 @@ _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 class NodePlan:
     """The verdict on one node of the canonical graph.
 
-    `scheme` is a scheme's name, `float` or `given`; `lowering` the kernel that shall run it, or `float`.
+    `scheme` is a scheme's name, `float`, `stored` or `given`; `lowering` the kernel that shall run it, or `float`.
     `int_inputs` are the input positions read as codes, `int_output` tells whether the result is stored as codes.
     `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `weight` the quantized
-    weight; `activation` when the scale of what is read is known: `static`, or at run time per `tensor` or per `token`
-    (row); `bias_add` the Add node whose constant becomes the bias; `part_of` the node whose kernel computes this one
-    too (an absorbed Relu, a bias Add).
+    weight; `stored` the weights that are kept as codes and decoded; `activation` when the scale of what is read is
+    known: `static`, or at run time per `tensor` or per `token` (row); `bias_add` the Add node whose constant becomes
+    the bias; `part_of` the node whose kernel computes this one too (an absorbed Relu, a bias Add).
     """
 
     node: str
@@ -49,6 +50,7 @@ class NodePlan:
     int_output: bool = False
     result: str | None = None
     weight: str | None = None
+    stored: tuple[str, ...] = ()
     activation: str = STATIC
     bias_add: str | None = None
     part_of: str | None = None
@@ -56,7 +58,7 @@ class NodePlan:
     @property
     def is_int(self) -> bool:
         """Whether onnxq makes this node run in integers."""
-        return self.scheme not in (FLOAT, GIVEN)
+        return self.scheme not in (FLOAT, GIVEN, STORED)
 
 
 @dataclass
@@ -81,6 +83,11 @@ class Plan:
     def quantized(self) -> list[NodePlan]:
         """Nodes with a kernel of their own in integers."""
         return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is quantized or stored as codes."""
+        return any(n.scheme not in (FLOAT, GIVEN) for n in self.nodes.values())
 
     def digest(self) -> str:
         """SHA-256 over all decisions, in hexadecimal."""
@@ -117,7 +124,8 @@ class Plan:
     def _of(data: dict[str, Any], arrays: dict[str, np.ndarray[Any, Any]]) -> Plan:
         plan = Plan(data["scheme"], data["target"])
         for item in data["nodes"]:
-            plan.nodes[item["node"]] = NodePlan(**{**item, "int_inputs": tuple(item["int_inputs"])})
+            plan.nodes[item["node"]] = NodePlan(**{
+                **item, "int_inputs": tuple(item["int_inputs"]), "stored": tuple(item["stored"])})
         for kind, table in (("activations", plan.activations), ("weights", plan.weights)):
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],

@@ -21,7 +21,7 @@ from onnxq.graph import read_nodes
 from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
-from onnxq.plan import FLOAT, NodePlan, Plan
+from onnxq.plan import FLOAT, STORED, NodePlan, Plan
 from onnxq.progress import Progress, Silent
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Stage, Verdict
 from onnxq.runtime import compare, measure
@@ -34,6 +34,7 @@ Feed = Mapping[str, "np.ndarray[Any, Any]"]
 _QUIET = (("session.intra_op.allow_spinning", "0"),)
 _INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
 _CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
+_IN_FLOAT = (FLOAT, STORED)
 _MOVES_CODES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # right kernels differ by a rounding here and there, which a deep model amplifies, but not beyond what int8 itself costs
 LEAST_SEMANTIC_DB = 20.0
@@ -198,15 +199,15 @@ def what_ran(plan: Plan, compiled: str | Path, feeds: Sequence[Feed], options: S
     integer kernel on the wanted provider, or one planned float that ran as one of its own, is a failure.
     """
     found = _kernels(plan, executed(compiled, feeds, options, read_nodes), outputs)
-    shared = {id(found[n.node]) for n in plan.nodes.values()
-              if n.scheme != FLOAT and n.op not in ("DequantizeLinear", "QuantizeLinear") and n.node in found}
+    shared = {id(found[n.node]) for n in plan.nodes.values() if n.scheme not in _IN_FLOAT and n.node in found
+              and n.op not in ("DequantizeLinear", "QuantizeLinear")}
     rows = []
     for node in plan.nodes.values():
         kernel = found[node.part_of or node.node]
         rows.append(row(node, kernel))
         fault = _fault(node, kernel, options.provider)
         # a float bias or factor that the runtime fused into the kernel of an int8 node is no fault
-        if fault is not None and not (node.scheme == FLOAT and id(kernel) in shared):
+        if fault is not None and not (node.scheme in _IN_FLOAT and id(kernel) in shared):
             verdict.failures.append(fault)
     return rows
 
@@ -241,8 +242,8 @@ def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None
             return f"{node.node}: planned as {node.lowering}, but the runtime ran {kernel.op}"
         if kernel.provider not in ("", provider):
             return f"{node.node}: ran on {kernel.provider}, not on {provider}"
-    if node.scheme == FLOAT and node.op not in _MOVES_CODES and kernel is not None and is_integer(kernel.op):
-        return f"{node.node}: planned float, but the runtime ran {kernel.op}"
+    if node.scheme in _IN_FLOAT and node.op not in _MOVES_CODES and kernel is not None and is_integer(kernel.op):
+        return f"{node.node}: planned {node.scheme}, but the runtime ran {kernel.op}"
     return None
 
 

@@ -13,7 +13,7 @@ import pytest
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, UINT4, UINT8, DType
-from onnxq.plan import GIVEN, NodePlan, Plan
+from onnxq.plan import GIVEN, STORED, NodePlan, Plan
 
 
 def params(scale: object, zero: object, dtype: DType, axis: int | None = None, block: int | None = None) -> QuantParams:
@@ -24,9 +24,10 @@ def example() -> Plan:
     return Plan(
         "w8a8", "cpu",
         {n.node: n for n in (
-            NodePlan("conv/1", "Conv", "w8a8", "QLinearConv", "it holds weights", (0, 1), True, "relu:0", "w", None),
+            NodePlan("conv/1", "Conv", "w8a8", "QLinearConv", "it holds weights", (0, 1), True, "relu:0", "w"),
             NodePlan("relu", "Relu", "w8a8", "QLinearConv", "absorbed by conv/1", part_of="conv/1"),
             NodePlan("soft max", "Softmax", "float", "float", "normalisations are always float"),
+            NodePlan("gru", "GRU", STORED, STORED, "its weights stored as int8", stored=("w4", "r")),
             NodePlan("q", "QuantizeLinear", GIVEN, GIVEN, "as the model has it"))},
         {"x": params(0.1, 128, UINT8), "../relu:0": params(np.float32(1e-38), 0, UINT8)},
         {"w": params([0.1, 0.2, 0.3], [0, 0, 0], INT8, axis=0),

@@ -30,6 +30,7 @@ _REFUSED: dict[int, str] = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
+_TRACE = "pkg.torch.onnx.stack_trace"
 _CARRIED_KINDS = {"FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "STRINGS"}
 
 
@@ -272,9 +273,13 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _take_extras(node: onnx.NodeProto) -> NodeExtras | None:
-    """Cut from a node what the graph library drops or breaks on: odd attributes, metadata, doc string."""
+    """Cut from a node what the graph library drops or breaks on: odd attributes, metadata, doc string.
+
+    Not kept is the exporter's stack trace: often larger than the int8 weights, it names files of another machine.
+    """
     odd = [a for a in node.attribute if not _carried(a)]
-    extras = NodeExtras(metadata={p.key: p.value for p in node.metadata_props}, doc_string=node.doc_string)
+    kept_props = {p.key: p.value for p in node.metadata_props if p.key != _TRACE}
+    extras = NodeExtras(metadata=kept_props, doc_string=node.doc_string)
     for attribute in odd:
         copy = onnx.AttributeProto()
         copy.CopyFrom(attribute)

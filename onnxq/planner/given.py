@@ -15,9 +15,31 @@ QUANT_OPS = frozenset({
 })
 
 
-def is_quantized(node: Node) -> bool:
-    """Whether the node itself is an operator of a quantized model."""
-    return node.op in QUANT_OPS and node.domain in ("", "com.microsoft", None)
+def is_quantized(graph: Graph, node: Node) -> bool:
+    """Whether the node is an operator of a quantized model, or decodes weights that are stored as codes."""
+    if node.domain not in ("", "com.microsoft", None):
+        return False
+    return node.op in QUANT_OPS or _casts_codes(graph, node) or (
+        node.op == "Mul" and any(decodes(graph, t) for t in node.inputs))
+
+
+def decodes(graph: Graph, tensor: Tensor) -> bool:
+    """Whether a tensor is made of codes in the file by a Cast, and maybe a Mul behind it."""
+    maker = graph.producer(tensor)
+    if maker is not None and maker.op == "Mul":
+        maker = next((m for m in map(graph.producer, maker.inputs) if m is not None and m.op == "Cast"), None)
+    return maker is not None and _casts_codes(graph, maker)
+
+
+def _casts_codes(graph: Graph, node: Node) -> bool:
+    """Whether a node is a Cast of int8 codes in the file to floats; rows of a table that were looked up, too."""
+    if node.op != "Cast" or str(dtype_of(node.outputs[0])) != "float32":
+        return False
+    source = node.inputs[0]
+    maker = graph.producer(source)
+    if maker is not None and maker.op == "Gather":
+        source = maker.inputs[0]
+    return is_constant(source) and str(dtype_of(source)) in ("int8", "uint8")
 
 
 def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) -> list[NodePlan]:

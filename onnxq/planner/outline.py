@@ -15,6 +15,7 @@ from onnxq.plan import FLOAT, GIVEN, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.rules import verdicts
+from onnxq.planner.storing import store
 from onnxq.recipe import Recipe, Scheme
 from onnxq.targets import Target
 
@@ -38,8 +39,12 @@ class Outline:
 
 
 def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
-    """Decide on every node of the graph, bodies of If/Loop included (they stay float for now)."""
-    return _Outliner(graph, recipe, target).run()
+    """Decide on every node of the graph, bodies of If/Loop included (they compute in float)."""
+    outliner = _Outliner(graph, recipe, target)
+    found = outliner.run()
+    if not recipe.scheme.is_float:
+        store(graph, found.nodes, outliner.kept)
+    return found
 
 
 class _Outliner:
@@ -71,7 +76,7 @@ class _Outliner:
         """Why a node must stay float whatever its neighbours are; None when it may be quantized."""
         if node.name in self.kept:
             return self.kept[node.name]
-        if given.is_quantized(node):
+        if given.is_quantized(self.graph, node):
             return "quantized already"
         if node.domain:
             return f"operator {node.domain}.{node.op} is not known here"
@@ -98,12 +103,16 @@ class _Outliner:
             reason = self._allowed(node)
             if reason is None and node.op in WEIGHTED:
                 link = chain(self.graph, node, self.barred)
-                reason = (weighted(self.graph, node) or self._too_small(node) or self._beside_given(node, link)
-                          or self._name_taken(node, link))
+                reason = (self._stored(node) or weighted(self.graph, node) or self._too_small(node)
+                          or self._beside_given(node, link) or self._name_taken(node, link))
                 if reason is None:
                     self.int_nodes[node.name], self.chains[node.name] = node, link
             if reason is not None:
                 self.reasons[node.name] = reason
+
+    def _stored(self, node: Node) -> str | None:
+        stored = any(given.decodes(self.graph, t) for t in node.inputs[:2])
+        return "its weights are stored as int8 already" if stored else None
 
     def _too_small(self, node: Node) -> str | None:
         if node.op == "Conv":
@@ -277,7 +286,7 @@ class _Outliner:
     def _float_verdict(self, node: Node) -> NodePlan:
         if node.name in self.given:
             return self.given[node.name]
-        quantized = given.is_quantized(node)
+        quantized = given.is_quantized(self.graph, node)
         reason = self.reasons.get(node.name) or (
             "no int8 kernel in front of it can absorb it" if node.op in ("Clip", "Relu") else
             "its neighbours are float")
@@ -286,9 +295,11 @@ class _Outliner:
 
     def _bodies(self, found: Outline) -> None:
         for owner, body in self.graph.subgraphs():
-            for node, _ in body.walk():
-                reason = f"inside a body of {owner.op} {owner.name}: bodies are not quantized yet"
-                found.nodes[node.name] = NodePlan(node.name, node.op, FLOAT, FLOAT, reason)
+            for node, holder in body.walk():
+                scheme = GIVEN if given.is_quantized(holder, node) else FLOAT
+                reason = _other_data(node) or f"in a body of {owner.op} {owner.name}, whose ranges are not calibrated"
+                found.nodes[node.name] = NodePlan(node.name, node.op, scheme, scheme,
+                                                  "quantized already" if scheme == GIVEN else reason)
         for name, verdict in list(found.nodes.items()):
             if verdict.op in ("If", "Loop", "Scan") and verdict.scheme == FLOAT:
                 found.nodes[name] = replace(verdict, reason="control flow is float")
@@ -304,7 +315,7 @@ def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op in ("If", "Loop", "Scan"):
         return "control flow is float"
     if node.op == "Gather":
-        return "a look-up: its table is not quantized yet"
+        return "a look-up, which copies floats"
     if scheme.is_dynamic:
         return "a dynamic scheme quantizes linear layers only"
     return f"no int8 kernel for {node.op} on {target}"

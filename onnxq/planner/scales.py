@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxq.errors import ModelError
-from onnxq.graph import Graph, Node
+from onnxq.graph import Graph, Node, Tensor
 from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.plan import NodePlan, Plan
 from onnxq.planner.outline import Outline
+from onnxq.planner.storing import channel_axis, stored_by
 from onnxq.recipe import Recipe
 from onnxq.targets import Target
 
@@ -38,17 +40,34 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
     for verdict in plan.quantized():
         if verdict.weight is not None:
             _weight(nodes[verdict.node], verdict, graph, plan, recipe)
+    stored_weights(graph, plan, recipe)
     return plan
+
+
+def stored_weights(graph: Graph, plan: Plan, recipe: Recipe) -> None:
+    """Decide the scales of weights that are stored as codes and decoded. Raises ModelError for NaN or infinities."""
+    spec = recipe.scheme.weights
+    for node, _ in graph.walk():
+        for index, weight in stored_by(node, plan.node(node.name)):
+            if spec is not None and weight.name not in plan.weights:
+                values = _finite(graph, weight, node)
+                plan.weights[weight.name] = affine.weight_params(values, channel_axis(node, index, values.ndim),
+                                                                 by_name(spec.dtype))
+
+
+def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
+    values = np.asarray(graph.read(weight), np.float32)
+    if not np.isfinite(values).all():
+        raise ModelError(f"the weights {weight.name!r} of {node.name} hold NaN or infinite values; "
+                         "export the model again")
+    return values
 
 
 def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe) -> None:
     weight, spec = node.inputs[1], recipe.scheme.weights
     assert spec is not None
     if weight.name not in plan.weights:
-        values = np.asarray(graph.read(weight), np.float32)
-        if not np.isfinite(values).all():
-            raise ModelError(f"the weights {weight.name!r} of {node.name} hold NaN or infinite values; "
-                             "export the model again")
+        values = _finite(graph, weight, node)
         axis = (0 if node.op == "Conv" else values.ndim - 1) if spec.granularity == "channel" else None
         plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs

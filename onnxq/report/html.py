@@ -12,8 +12,8 @@ import yaml
 from onnxq.report import wording
 from onnxq.report.report import Report
 
-_TITLES = {wording.INT8: "Quantized", wording.GIVEN: "Quantized before, kept as they were",
-           wording.FLOAT: "Float", wording.FOLDED: "Folded away"}
+_TITLES = {wording.INT8: "Quantized", wording.STORED: "Float, on weights stored as int8",
+           wording.GIVEN: "Quantized before, kept as they were", wording.FLOAT: "Float", wording.FOLDED: "Folded away"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #5c6670; --ground: #ffffff; --card: #f4f6f8;
   --rule: #d8dde3; --good: #1a7f4b; --bad: #b3261e; --bar: #4a7fb5; }

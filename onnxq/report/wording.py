@@ -10,8 +10,8 @@ from itertools import groupby
 
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
 
-INT8, GIVEN, FLOAT, FOLDED = "quantized", "given", "float", "folded"
-KINDS = (INT8, GIVEN, FLOAT, FOLDED)
+INT8, STORED, GIVEN, FLOAT, FOLDED = "quantized", "stored", "given", "float", "folded"
+KINDS = (INT8, STORED, GIVEN, FLOAT, FOLDED)
 _SHARES = re.compile(r"top\d+|topk|f1")  # metrics from 0 to 1 that people read in percent
 
 
@@ -139,7 +139,7 @@ def tally(found: Iterable[Group]) -> str:
 
 def kind(node: NodeRow) -> str:
     """Which of KINDS a node is."""
-    return node.scheme if node.scheme in (GIVEN, FLOAT, FOLDED) else INT8
+    return node.scheme if node.scheme in KINDS else INT8
 
 
 def _key(node: NodeRow) -> tuple[str, str, str]:

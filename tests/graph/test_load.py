@@ -674,3 +674,12 @@ def test_read_nodes(tmp_path: Path) -> None:
                          {"w": random(3, 4)}), tmp_path / "m.onnx")
     assert read_nodes(tmp_path / "m.onnx") == [("first", "MatMul", "", ("x", "w"), ("h",)),
                                                ("", "Relu", "", ("h",), ("y",))]
+
+
+def test_an_exporters_stack_trace_is_left_behind_and_the_scope_kept(tmp_path: Path, written: Written) -> None:
+    model = make_model([node("Relu", "x", "y")], {"x": [4]}, {"y": [4]})
+    for key in ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.name_scopes"):
+        model.graph.node[0].metadata_props.add(key=key, value=f"the {key}")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    kept = onnx.load(written(load(tmp_path / "m.onnx"))).graph.node[0].metadata_props
+    assert [p.key for p in kept] == ["pkg.torch.onnx.name_scopes"]

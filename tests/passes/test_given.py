@@ -147,7 +147,7 @@ def test_what_was_kept_float_once_is_kept_in_a_second_compilation(name: str, fmt
     once = make(model, tmp_path, feeds, fmt, name=name, keep=["two"])
     again = make(once.compiled, tmp_path, feeds, fmt, name=name)
     if name == "w8a8" or fmt == "qdq":
-        assert again.plan.nodes["two"].reason == (
+        assert again.plan.nodes["two"].reason.endswith(
             "the model has a tensor 'x.q' already, a name that its codes would take")
     wanted = once.run(once.compiled)["y"]
     allowed = 1e-5 if again.plan.nodes["two"].scheme == "float" else 0.02

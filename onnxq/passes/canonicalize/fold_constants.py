@@ -38,7 +38,7 @@ class FoldConstants(Pass):
         """Replace the node's outputs by constants."""
         if node.domain or node.op in _NEVER or any(graph.is_output(t) for t in node.outputs):
             return False
-        if any(hasattr(v, "nodes") for v in node.attrs.values()):
+        if any(hasattr(v, "nodes") for v in node.attrs.values()) or _decodes(node):
             return False
         if node.op == "Shape" and not node.attrs:
             dims = shape_of(node.inputs[0])
@@ -77,3 +77,12 @@ class FoldConstants(Pass):
             return False
         dtype = dtype_of(result)
         return math.prod(int(d or 0) for d in dims) * (dtype.itemsize if dtype is not None else 4) > self.max_bytes
+
+
+def _decodes(node: Node) -> bool:
+    """Whether a node makes floats of int8 weights: they are stored so to keep the file small."""
+    if node.op != "Cast" or not is_constant(node.inputs[0]):
+        return False
+    dims = shape_of(node.inputs[0]) or ()
+    return (str(dtype_of(node.inputs[0])) in ("int8", "uint8") and str(dtype_of(node.outputs[0])) == "float32"
+            and math.prod(int(d or 0) for d in dims) >= 1024)

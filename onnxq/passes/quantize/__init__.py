@@ -7,10 +7,11 @@ from onnxq.passes.quantize.activations import QuantizeActivations
 from onnxq.passes.quantize.biases import QuantizeBiases
 from onnxq.passes.quantize.dynamic import QuantizeDynamic
 from onnxq.passes.quantize.per_token import QuantizePerToken
+from onnxq.passes.quantize.stored import StoreWeights
 from onnxq.passes.quantize.weights import QuantizeWeights
 
 
 def quantize() -> list[Pass]:
     """The passes in their order: a bias needs the activation's name from before its DequantizeLinear."""
-    return [QuantizeDynamic(), QuantizePerToken(), QuantizeBiases(), QuantizeWeights(),
+    return [QuantizeDynamic(), QuantizePerToken(), QuantizeBiases(), QuantizeWeights(), StoreWeights(),
             QuantizeActivations()]
