@@ -212,14 +212,15 @@ class _Compilation:
                 self.progress.total(_rows(calib, recipe.calibration))
                 ranges = observer.observe(graph, found.ranges_of, calib, recipe.calibration, self.request.options,
                                           self.progress.step, recipe.scheme.activations)
-            self._data_notices(calib, "calibration")
         with self.stage("scales"):
             plan = finish(found, graph, ranges, recipe, target)
-        if ranges and calib is not None and recipe.bias_correction:
+        if calib is not None and plan.changes and recipe.bias_correction:
             with self.stage("correct"):
                 self.progress.total(correction.ROWS)
                 plan.bias_shifts = correction.mean_errors(graph, plan, calib, recipe.calibration, self.request.options,
                                                           self.progress.step)
+        if calib is not None and (ranges or plan.bias_shifts):
+            self._data_notices(calib, "calibration")
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
             self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept")

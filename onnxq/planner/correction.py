@@ -1,8 +1,8 @@
 """How far int8 shifts each layer's mean, so that its bias can take the shift back.
 
-Every Conv and Gemm with a bias gets a shadow in a copy of the float graph: the same operator on quantized and
-dequantized input and weights. The per-channel mean of original minus shadow is the layer's own error; one streamed run
-gives all.
+Every Conv, ConvTranspose and Gemm with a bias gets a shadow in a copy of the float graph: the same operator on weights
+(and, where they are stored as codes, activations) that were quantized and dequantized. The per-channel mean of original
+minus shadow is the layer's own error; one streamed run gives all.
 Source: the bias correction of "Data-Free Quantization Through Weight Equalization and Bias Correction" (1906.04721),
 section 4.2, in its empirical form. Not for MatMul: a transformer's rows are tokens, padding among them, whose mean says
 little (measured: no gain in cosine, a loss in rank correlation).
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset
-from onnxq.graph import Graph, Node, Tensor, shape_of
+from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
 from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.correction import MeanError
@@ -26,6 +26,7 @@ from onnxq.plan import Plan
 from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
 
+_CORRECTED = frozenset({"Conv", "ConvTranspose", "Gemm"})
 ROWS = 128  # enough for a mean; the shadows cost more than the float model itself
 
 
@@ -46,15 +47,17 @@ def shadow(graph: Graph, plan: Plan) -> tuple[Graph, dict[str, str]]:
     copy = graph.copy()
     nodes = {n.name: n for n in copy.nodes}
     outputs: dict[str, str] = {}
-    for verdict in plan.quantized():
+    for verdict in plan.nodes.values():
         node = nodes.get(verdict.node)
-        if node is None or verdict.weight is None or node.inputs[0].name not in plan.activations:
+        bias = copy.optional_input(node, 2) if node is not None and node.op in _CORRECTED else None
+        if node is None or bias is None or not is_constant(bias):
             continue
-        bias = copy.optional_input(node, 2)
-        if node.op not in ("Conv", "Gemm") or bias is None:
+        x, w = node.inputs[:2]
+        if verdict.weight == w.name and x.name in plan.activations:
+            x = _decoded_activation(copy, x, plan.activations[x.name])
+        elif w.name not in verdict.stored:
             continue
-        x = _decoded_activation(copy, node.inputs[0], plan.activations[node.inputs[0].name])
-        w = _decoded_weight(copy, node.inputs[1], plan.weights[verdict.weight])
+        w = _decoded_weight(copy, w, plan.weights[w.name])
         outputs[node.name] = _mean_difference(copy, node, [x, w, bias])
     copy.sort()
     return copy, outputs
@@ -78,7 +81,7 @@ def _decoded_weight(graph: Graph, w: Tensor, params: QuantParams) -> Tensor:
 
 
 def _mean_difference(graph: Graph, node: Node, inputs: list[Tensor]) -> str:
-    """Add operator, difference and mean over all axes but the channel's, which is 1 for Conv and Gemm alike."""
+    """Add operator, difference and mean over all axes but the channel's, which is 1 for all of them."""
     name, result = node.name, node.outputs[0]
     shadowed = graph.like(result, f"{name}.shadowed", "float32")
     graph.add_node(node.op, f"{name}/shadow", inputs, [shadowed], dict(node.attrs))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from conftest import make_model, node, run
+import pytest
+from conftest import make_model, node, random, run
 
 from onnxq import compile
 from onnxq.recipe import Recipe, scheme
@@ -42,3 +43,24 @@ def test_the_mean_of_the_output_comes_back(tmp_path: Path) -> None:
         exact, found = (run(p, feed, optimize=True)["y"] for p in (model, out))
         errors[on] = np.abs((exact - found).mean(axis=(0, 2, 3))).max()
     assert errors[True] < errors[False] / 3
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_rounding_of_stored_weights_is_taken_back_too(op: str, tmp_path: Path) -> None:
+    """Weights .4 above a code, and inputs that are never below zero: each output is short by the same amount."""
+    codes = np.random.default_rng(1).integers(-60, 60, (16, 16, 3, 3))
+    weight = ((codes + 0.4) / 127).astype(np.float32)
+    weight[:, :, 0, 0] = 1.0
+    source = tmp_path / "m.onnx"
+    source.write_bytes(make_model([node(op, "x w b", "y")], {"x": ["n", 16, 8, 8]}, {"y": None},
+                                  {"w": weight, "b": np.zeros(16, np.float32)}).SerializeToString())
+    feeds = [np.abs(random(32, 16, 8, 8, seed=seed)) for seed in (4, 5)]
+    np.savez(tmp_path / "calib.npz", x=feeds[0])
+    errors = {}
+    for on in (False, True):
+        recipe = Recipe(scheme("w8a8-dynamic-tensor"), bias_correction=on)
+        report = compile(source, tmp_path / f"{on}.onnx", recipe=recipe, calib=tmp_path / "calib.npz", measure=False)
+        assert [n.lowering for n in report.nodes] == ["stored"]
+        exact, found = (run(p, {"x": feeds[1]}, optimize=True)["y"] for p in (source, tmp_path / f"{on}.onnx"))
+        errors[on] = np.abs((exact - found).mean(axis=(0, 2, 3))).max()
+    assert errors[True] < errors[False] / 10

@@ -13,7 +13,7 @@ from onnxq.passes.manager import Context, Pass
 
 @dataclass(frozen=True)
 class CorrectBias(Pass):
-    """Conv(x, W, b) -> Conv(x, W, b + e), likewise Gemm; b and e float32 [C].
+    """Conv(x, W, b) -> Conv(x, W, b + e), likewise ConvTranspose and Gemm; b and e float32 [C].
 
     e is the Plan's mean error of the quantized layer, per channel; the float graph is off by it until it is quantized.
     """
