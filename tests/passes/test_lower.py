@@ -239,6 +239,18 @@ def test_a_matmul_of_two_decoded_activations_needs_no_q_to_be_fenced(fmt: str, t
     assert made.ran("Conv_q", "Conv_k", "scores") == ["QLinearConv", "QLinearConv", "MatMul"]
 
 
+@BOTH_FORMATS
+@pytest.mark.parametrize("case", ["MatMul", "ConvTranspose"])
+def test_what_is_stored_between_codes_runs_in_float(case: str, fmt: str, tmp_path: Path) -> None:
+    nodes, extra = {
+        "MatMul": ([node("MatMul", "ws a", "j", name="inner")], {"ws": random(64, 8)}),
+        "ConvTranspose": ([node("ConvTranspose", "a ws", "j", name="inner")], {"ws": random(8, 8, 4, 4)})}[case]
+    made = make(between(nodes, extra=extra), tmp_path, [FEED], fmt)
+    assert made.plan.nodes["inner"].scheme == "stored" or case == "MatMul"
+    assert made.ran("Conv_a", "inner", "Conv_y") == ["QLinearConv", case, "QLinearConv"]
+    close(made)
+
+
 def test_the_fence_is_what_keeps_it_float(tmp_path: Path) -> None:
     """Without the pass the runtime does quantize these: the tests above can fail."""
     made = make(between([node("Sigmoid", "a", "j", name="keep")]), tmp_path, [FEED], "qdq")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from onnxq.graph import Graph, Node, Tensor, is_constant
 from onnxq.passes.lower.pattern import DEQUANTIZE, QUANTIZE
 from onnxq.passes.manager import Context, Pass
+from onnxq.plan import FLOAT, STORED
 
 # data movement that the runtime moves Q and DQ across
 _CROSSED = frozenset({"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"})
@@ -28,11 +29,11 @@ class FenceFloat(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Fence one node."""
         verdict, target = context.plan.node(node.name), context.target
-        if verdict is None or verdict.scheme != "float" or target is None or node.op not in target.pairs_with_q:
+        if verdict is None or verdict.scheme not in (FLOAT, STORED) or target is None or node.op not in target.pairs_with_q:
             return False
         if node.domain:
             return False
-        data = [k for k, t in enumerate(node.inputs) if t.name and not is_constant(t)]
+        data = [k for k, t in enumerate(node.inputs) if t.name and not self._is_weight(graph, t)]
         data = [k for k in data if (node.op, k) != ("Where", 0)]
         if not data or not all(self._from_dq(graph, node.inputs[k]) for k in data):
             return False
@@ -51,6 +52,13 @@ class FenceFloat(Pass):
         graph.set_output(last, 0, before)
         graph.add_node("Sum", f"{node.name}/fence", [before], [result])
         return True
+
+    def _is_weight(self, graph: Graph, tensor: Tensor) -> bool:
+        """Whether a tensor is stored, or decoded from what is."""
+        maker = graph.producer(tensor)
+        if maker is None:
+            return bool(is_constant(tensor))
+        return maker.op in ("Cast", "Mul") and all(self._is_weight(graph, t) for t in maker.inputs)
 
     @staticmethod
     def _from_dq(graph: Graph, tensor: Tensor) -> bool:
