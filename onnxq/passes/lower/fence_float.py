@@ -29,9 +29,9 @@ class FenceFloat(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Fence one node."""
         verdict, target = context.plan.node(node.name), context.target
-        if verdict is None or verdict.scheme not in (FLOAT, STORED) or target is None or node.op not in target.pairs_with_q:
+        if verdict is None or verdict.scheme not in (FLOAT, STORED):
             return False
-        if node.domain:
+        if target is None or node.op not in target.pairs_with_q or node.domain:
             return False
         data = [k for k, t in enumerate(node.inputs) if t.name and not self._is_weight(graph, t)]
         data = [k for k in data if (node.op, k) != ("Where", 0)]
