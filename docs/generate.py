@@ -100,7 +100,7 @@ def targets() -> str:
         rows += [f"| {op} | {result} | {kernel} |" for (op, result), kernel in target.lowerings.items()]
         about = inspect.getdoc(importlib.import_module(f"onnxq.targets.{name.replace('-', '_')}")) or ""
         parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and "
-                  f"N of {target.small} on.", "\n".join(rows)]
+                  f"N of {target.small} on, LSTMs from a hidden size of {target.least_hidden} on.", "\n".join(rows)]
     return "\n\n".join(parts)
 
 

@@ -233,9 +233,10 @@ class _Compilation:
 
     def _dynamic_notice(self, plan: Plan) -> None:
         convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
+        operators = ", ".join(self.request.recipe.scheme.operators)
         left = f", {convs} Conv compute in float" if convs else ""
         hint = "; --calib DATA brings static int8, faster and for Conv, too" if self.request.calib is None else ""
-        self.report.verdict.notices.append(f"scheme {plan.scheme}: linear layers only{left}{hint}")
+        self.report.verdict.notices.append(f"scheme {plan.scheme}: {operators} only{left}{hint}")
 
     def _data_notices(self, data: Dataset, use: str) -> None:
         if data.random:

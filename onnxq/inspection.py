@@ -69,5 +69,5 @@ def _weights(graph: Graph) -> dict[str, tuple[str, int]]:
 
 def _int8_share(nodes: dict[str, NodePlan], weights: dict[str, tuple[str, int]]) -> float:
     total = sum(count for dtype, count in weights.values() if dtype == "float32")
-    chosen = {n.weight for n in nodes.values() if n.is_int and n.weight is not None}
+    chosen = {name for n in nodes.values() if n.is_int for name in (n.weight, *n.stored) if name is not None}
     return sum(weights[name][1] for name in chosen if name in weights) / total if total else 0.0

@@ -36,9 +36,10 @@ class NodePlan:
     `scheme` is a scheme's name, `float`, `stored` or `given`; `lowering` the kernel that shall run it, or `float`.
     `int_inputs` are the input positions read as codes, `int_output` tells whether the result is stored as codes.
     `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `weight` the quantized
-    weight; `stored` the weights that are kept as codes and decoded; `activation` when the scale of what is read is
-    known: `static`, or at run time per `tensor` or per `token` (row); `bias_add` the Add node whose constant becomes
-    the bias; `part_of` the node whose kernel computes this one too (an absorbed Relu, a bias Add).
+    weight; `stored` the weights that are kept as codes and decoded, or those of an LSTM, which has two; `activation`
+    when the scale of what is read is known: `static`, or at run time per `tensor` or per `token` (row); `bias_add` the
+    Add node whose constant becomes the bias; `part_of` the node whose kernel computes this one too (an absorbed Relu, a
+    bias Add).
     """
 
     node: str

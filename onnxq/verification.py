@@ -195,20 +195,26 @@ def what_ran(plan: Plan, compiled: str | Path, feeds: Sequence[Feed], options: S
              outputs: Mapping[str, tuple[str, ...]]) -> list[NodeRow]:
     """Every planned node with the kernel and provider that really ran it.
 
-    `outputs` gives the tensors that each node made before compilation. A node planned int8 that did not run as an
-    integer kernel on the wanted provider, or one planned float that ran as one of its own, is a failure.
+    `outputs` gives the tensors that each node of the top graph made before compilation. A node planned int8 that did
+    not run as an integer kernel on the wanted provider, or one planned float that ran as one of its own, is a failure.
+    Of a body that these feeds don't enter, nothing is known: a notice says so.
     """
     found = _kernels(plan, executed(compiled, feeds, options, read_nodes), outputs)
     shared = {id(found[n.node]) for n in plan.nodes.values() if n.scheme not in _IN_FLOAT and n.node in found
               and n.op not in ("DequantizeLinear", "QuantizeLinear")}
-    rows = []
+    rows, unseen = [], []
     for node in plan.nodes.values():
         kernel = found[node.part_of or node.node]
         rows.append(row(node, kernel))
+        if kernel is None and node.is_int and node.node not in outputs:
+            unseen.append(node.node)
+            continue
         fault = _fault(node, kernel, options.provider)
         # a float bias or factor that the runtime fused into the kernel of an int8 node is no fault
         if fault is not None and not (node.scheme in _IN_FLOAT and id(kernel) in shared):
             verdict.failures.append(fault)
+    if unseen:
+        verdict.notices.append(f"no kernel was seen for {', '.join(unseen)}: the data take other branches")
     return rows
 
 

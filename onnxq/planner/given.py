@@ -8,10 +8,10 @@ from onnxq.planner.chains import chain
 from onnxq.targets import Target
 
 QUANT_OPS = frozenset({
-    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger",
-    "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool", "QLinearConcat",
-    "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul", "QLinearSigmoid",
-    "QLinearSoftmax", "QuantizeLinear",
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeLinear", "DynamicQuantizeMatMul",
+    "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool",
+    "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul",
+    "QLinearSigmoid", "QLinearSoftmax", "QuantizeLinear",
 })
 
 

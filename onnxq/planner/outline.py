@@ -14,6 +14,7 @@ from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, GIVEN, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
+from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import verdicts
 from onnxq.planner.storing import store
 from onnxq.recipe import Recipe, Scheme
@@ -39,10 +40,11 @@ class Outline:
 
 
 def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
-    """Decide on every node of the graph, bodies of If/Loop included (they compute in float)."""
+    """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers)."""
     outliner = _Outliner(graph, recipe, target)
     found = outliner.run()
     if not recipe.scheme.is_float:
+        lower_lstms(graph, found.nodes, outliner.kept, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
     return found
 
@@ -317,7 +319,7 @@ def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op == "Gather":
         return "a look-up, which copies floats"
     if scheme.is_dynamic:
-        return "a dynamic scheme quantizes linear layers only"
+        return f"scheme {scheme.name} quantizes {', '.join(scheme.operators)} only"
     return f"no int8 kernel for {node.op} on {target}"
 
 

@@ -11,6 +11,7 @@ class Target:
 
     `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers, and
     (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row;
+    `least_hidden` is the least hidden size of an LSTM for which int8 gains more than quantizing each step costs;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
     `slow_fusions` names fusions of the runtime that are slower than what they replace.
@@ -20,6 +21,7 @@ class Target:
     provider: str
     format: str
     lowerings: dict[tuple[str, str], str] = field(default_factory=dict)
+    least_hidden: int = 1
     small: int = 1
     pairs_with_q: frozenset[str] = frozenset()
     slow_fusions: frozenset[str] = frozenset()

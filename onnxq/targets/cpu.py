@@ -23,6 +23,7 @@ CPU = Target(
         ("Gemm", "float"): "QGemm",
         ("Gemm", "tensor"): "DynamicQuantizeMatMul",
         ("Gemm", "token"): "MatMulIntegerToFloat",
+        ("LSTM", "tensor"): "DynamicQuantizeLSTM",
         ("Add", "int"): "QLinearAdd",
         ("Concat", "int"): "QLinearConcat",
         ("AveragePool", "int"): "QLinearAveragePool",
@@ -34,6 +35,9 @@ CPU = Target(
         ("Transpose", "int"): "Transpose",
         ("Unsqueeze", "int"): "Unsqueeze",
     },
+    # DynamicQuantizeLSTM against LSTM with AVX512-VNNI, for sequences of 16 steps and more: 0.65x to 1.0x at 16, 0.8x
+    # to 1.3x at 32 and 48, 1.0x to 1.5x at 64, 1.3x to 2.0x at 128, 2.4x to 4x at 512; one step breaks even near 96
+    least_hidden=64,
     small=16,
     pairs_with_q=frozenset({
         "Add", "AveragePool", "Concat", "Conv", "ConvTranspose", "Gemm", "GlobalAveragePool", "LeakyRelu", "MatMul",

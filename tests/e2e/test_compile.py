@@ -242,7 +242,7 @@ def test_auto_without_data_is_dynamic_beside_the_model_and_says_what_it_left_out
     assert (tmp_path / "model.w8a8-dynamic-tensor.onnx").exists()
     assert report.accuracy is None
     notices = " ".join(report.verdict.notices)
-    assert "linear layers only, 11 Conv compute in float; --calib DATA brings static int8" in notices
+    assert "MatMul, Gemm, LSTM only, 11 Conv compute in float; --calib DATA brings static int8" in notices
     assert "no data were given" in notices
     with pytest.raises(OutputError, match="exists; give --force"):
         onnxq.compile(model, measure=False)

@@ -287,7 +287,7 @@ def test_a_dynamic_scheme_takes_linear_layers_only(opened: Opener) -> None:
     found = outlined(opened(network()), "w8a8-dynamic-tensor")
     assert {n.node: n.lowering for n in found.nodes.values() if n.scheme != FLOAT} == {
         "Gemm_h": "DynamicQuantizeMatMul", "MatMul_m": "DynamicQuantizeMatMul", "Add_y": "DynamicQuantizeMatMul"}
-    assert found.nodes["Conv_c0"].reason == "a dynamic scheme quantizes linear layers only"
+    assert found.nodes["Conv_c0"].reason == "scheme w8a8-dynamic-tensor quantizes MatMul, Gemm, LSTM only"
     assert found.ranges_of == []
 
 

@@ -6,12 +6,16 @@ from onnxq.passes.manager import Pass
 from onnxq.passes.quantize.activations import QuantizeActivations
 from onnxq.passes.quantize.biases import QuantizeBiases
 from onnxq.passes.quantize.dynamic import QuantizeDynamic
+from onnxq.passes.quantize.dynamic_lstm import QuantizeLSTM
 from onnxq.passes.quantize.per_token import QuantizePerToken
 from onnxq.passes.quantize.stored import StoreWeights
 from onnxq.passes.quantize.weights import QuantizeWeights
 
 
 def quantize() -> list[Pass]:
-    """The passes in their order: a bias needs the activation's name from before its DequantizeLinear."""
-    return [QuantizeDynamic(), QuantizePerToken(), QuantizeBiases(), QuantizeWeights(), StoreWeights(),
+    """The passes in their order: a bias needs the activation's name from before its DequantizeLinear.
+
+    An LSTM has no form of Q and DQ, which could not reach the states within: its kernel is written here.
+    """
+    return [QuantizeDynamic(), QuantizeLSTM(), QuantizePerToken(), QuantizeBiases(), QuantizeWeights(), StoreWeights(),
             QuantizeActivations()]
