@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,63 +26,19 @@ from onnxq.planner.outline import outline
 from onnxq.planner.retreat import all_float, without_int8
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
-from onnxq.recipe import BudgetSpec, Calibration, Fallback, Recipe, read, scheme_names
+from onnxq.recipe import Calibration, Recipe
 from onnxq.recipe import scheme as named_scheme
 from onnxq.report.report import Latency, NodeRow, Report, Size
+from onnxq.request import AUTO, FORMATS, Request, check, resolve
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
-from onnxq.targets import TARGETS, Target
+from onnxq.targets import TARGETS
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
-AUTO = "auto"
-FORMATS = (AUTO, "qdq", "qoperator")
 _REMOVED = "folded"
+_CLEARLY = 1.5  # times as fast: what the more accurate of two dynamic schemes may cost where nobody measures accuracy
 _ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of compile(), checked: what is to be made of which model, and how."""
-
-    model: Path
-    output: Path
-    recipe: Recipe
-    target: Target
-    options: SessionOptions
-    goal: Goal
-    calib: Any
-    evaluation: Any
-    format: str
-    measure: bool
-    dump: Path | None
-    dump_after: str | None
-
-
-def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
-            samples: int | None = None, batch: int | None = None, ranges: str | None = None,
-            metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
-    """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
-
-    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic-tensor without. Raises UsageError and RecipeError.
-    """
-    if recipe is not None and scheme != AUTO:
-        raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
-    if isinstance(recipe, Recipe):
-        chosen = recipe
-    elif recipe is not None:
-        chosen = read(recipe)
-    else:
-        name = ("w8a8" if calib is not None else "w8a8-dynamic-tensor") if scheme == AUTO else scheme
-        chosen = Recipe(named_scheme(name))
-    calibration = replace(chosen.calibration,
-                          samples=chosen.calibration.samples if samples is None else samples,
-                          batch=chosen.calibration.batch if batch is None else batch,
-                          ranges=chosen.calibration.ranges if ranges is None else ranges)
-    observer.check(calibration)
-    return replace(chosen, calibration=calibration,
-                   fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
-                   budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
 
 
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
@@ -95,6 +50,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
+    Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
+    unless w8a8-dynamic-tensor is more than one and a half times as fast.
     `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written even when a check
     fails: look at `Report.ok`. Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
@@ -106,55 +63,20 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
+    coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
         model, destination, chosen, TARGETS[target], SessionOptions(TARGETS[target].provider, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
         TARGETS[target].format if format == AUTO else format, measure,
-        Path(dump) if dump is not None else None, dump_after)
-    _check(request, force)
+        Path(dump) if dump is not None else None, dump_after,
+        replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None)
+    check(request, force)
     return _Compilation(request, progress or Silent()).run()
-
-
-def _check(request: Request, force: bool) -> None:
-    request.goal.check()
-    if request.calib is None and request.evaluation is None:
-        for name, asked in (("--max-drop", request.goal.max_drop), ("--metric", request.goal.metric)):
-            if asked is not None:
-                raise UsageError(f"{name} needs data to measure on; give --eval DATA")
-    chosen = request.recipe.scheme
-    if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
-        dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
-        raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
-    if request.dump_after is not None and request.dump is None:
-        raise UsageError("--dump-after names a pass, but no folder to write its graph to; give --dump DIR")
-    if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
-        raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
-    if request.model.exists():  # loading says what is wrong with a model that does not
-        _check_output(request, force)
-
-
-def _check_output(request: Request, force: bool) -> None:
-    output, folder = request.output, request.output.parent
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; name the file to write, e.g. -o {output / 'model.onnx'}")
-    if output.exists() and output.samefile(request.model):
-        raise UsageError("the result would replace the model itself; choose another -o")
-    if output.exists() and not force:
-        raise OutputError(f"{output} exists; give --force to replace it, or another -o")
-    if not folder.is_dir():
-        missing = "is not a folder" if folder.exists() else "does not exist; make it"
-        raise OutputError(f"the folder of the result, {folder}, {missing}, or choose another -o")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"the folder {folder} can't be written; choose another -o")
-
-
-def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), *transform(), *quantize(), *lower(output_format))]
 
 
 class _Compilation:
     def __init__(self, request: Request, progress: Progress) -> None:
-        self.request, self.progress = request, progress
+        self.request, self.progress, self.recipe = request, progress, request.recipe
         self.report = Report(str(request.model), str(request.output), request.recipe.scheme.name,
                              recipe=request.recipe.to_dict())
         self.context = Context(request.target)
@@ -179,9 +101,7 @@ class _Compilation:
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
             with self.stage("rewrite"):
-                self._rewrite(graph, twin)
-                self._sign(graph)
-                save(graph, compiled)
+                self._write(graph, compiled, twin)
             graph = self._verify(graph, canonical, compiled, twin, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
@@ -203,7 +123,7 @@ class _Compilation:
                         for name, op in before.items() if name not in self.made]
 
     def _plan(self, graph: Graph, calib: Dataset | None) -> Plan:
-        recipe, target = self.request.recipe, self.request.target
+        recipe, target = self.recipe, self.request.target
         with self.stage("plan"):
             found = outline(graph, recipe, target)
         ranges = {}
@@ -221,22 +141,23 @@ class _Compilation:
                                                           self.progress.step)
         if calib is not None and (ranges or plan.bias_shifts):
             self._data_notices(calib, "calibration")
-        given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
-        if given:
-            self.report.verdict.notices.append(f"{given} nodes were quantized already and are kept")
-        if not plan.changes:
-            self.report.verdict.notices.append(f"nothing {'more ' if given else ''}in this model can be quantized "
-                                               "under this scheme; each node's reason is in the report")
-        if recipe.scheme.is_dynamic:
-            self._dynamic_notice(plan)
         return plan
 
-    def _dynamic_notice(self, plan: Plan) -> None:
+    def _plan_notices(self) -> None:
+        plan, notices = self.context.plan, self.report.verdict.notices
+        given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
+        if given:
+            notices.append(f"{given} nodes were quantized already and are kept")
+        if not plan.changes:
+            notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
+                           "each node's reason is in the report")
+        if not self.recipe.scheme.is_dynamic:
+            return
         convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
-        operators = ", ".join(self.request.recipe.scheme.operators)
+        operators = ", ".join(self.recipe.scheme.operators)
         left = f", {convs} Conv compute in float" if convs else ""
         hint = "; --calib DATA brings static int8, faster and for Conv, too" if self.request.calib is None else ""
-        self.report.verdict.notices.append(f"scheme {plan.scheme}: {operators} only{left}{hint}")
+        notices.append(f"scheme {plan.scheme}: {operators} only{left}{hint}")
 
     def _data_notices(self, data: Dataset, use: str) -> None:
         if data.random:
@@ -245,6 +166,11 @@ class _Compilation:
         self.report.verdict.notices += [f"{use} data: {note}" for note in data.notes]
 
     # -------------------------------------------------------------- rewrite
+
+    def _write(self, graph: Graph, compiled: Path, twin: Path) -> None:
+        self._rewrite(graph, twin)
+        self._sign(graph)
+        save(graph, compiled)
 
     def _rewrite(self, graph: Graph, twin: Path) -> None:
         if self.context.plan.changes:
@@ -269,7 +195,7 @@ class _Compilation:
 
     def _sign(self, graph: Graph) -> None:
         graph.metadata.update({
-            "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.request.recipe.to_dict()),
+            "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
             "onnxq.plan": self.context.plan.digest()})
 
     # -------------------------------------------------------------- verify
@@ -282,7 +208,11 @@ class _Compilation:
         feeds, source = self._feeds(canonical, data)
         if feeds and request.measure and self.context.plan.changes:
             with self.stage("measure"):
+                graph = self._choose(graph, canonical, compiled, twin, feeds, source)
+                self._plan_notices()
                 graph = self._settle(graph, canonical, compiled, twin, feeds, source)
+        else:
+            self._plan_notices()
         if feeds:
             with self.stage("verify"):
                 report.nodes = verification.what_ran(self.context.plan, compiled, feeds, request.options,
@@ -311,20 +241,46 @@ class _Compilation:
                                            "give --eval DATA")
         return feeds, "random inputs"
 
+    def _choose(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, feeds: list[dict[str, Any]],
+                source: str) -> Graph:
+        """Time the result, and that of the request's second recipe: it is taken where it is clearly faster."""
+        first = self.report.latency = self._time(compiled, feeds, source)
+        if self.request.alternative is None:
+            return graph
+        before, self.recipe = (self.recipe, self.context.plan), self.request.alternative
+        self.context.plan = self._plan(canonical, None)
+        with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+            self._write(canonical.copy(), Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx")
+            second = self._time(Path(folder) / "compiled.onnx", feeds, source)
+        better = verification.slower(first) and not verification.slower(second)
+        if not better and second.speedup <= _CLEARLY * first.speedup:
+            self.recipe, self.context.plan = before
+            return graph
+        self.report.verdict.notices.append(
+            f"{self.recipe.scheme.name} was chosen: {second.speedup:.2f}x as fast as float, where "
+            f"{before[0].scheme.name}, more accurate, reached {first.speedup:.2f}x; --scheme decides otherwise")
+        other = canonical.copy()
+        self._write(other, compiled, twin)
+        self.report.scheme, self.report.recipe, self.report.latency = (
+            self.recipe.scheme.name, self.recipe.to_dict(), second)
+        return other
+
     def _settle(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, feeds: list[dict[str, Any]],
                 source: str) -> Graph:
         """Time the result; what is slower than float gives way to float kernels, then to the float graph as it came."""
         while True:
-            found = verification.latency(self.request.model, compiled, feeds, self.request.options, source,
-                                         progress=self.progress)
+            found = self.report.latency or self._time(compiled, feeds, source)
             self.report.latency = found
             if not self.context.plan.changes or not verification.slower(found):
                 return graph
             self.context.plan = self._retreat(canonical, found)
+            self.report.latency = None
             graph = canonical.copy()
-            self._rewrite(graph, twin)
-            self._sign(graph)
-            save(graph, compiled)
+            self._write(graph, compiled, twin)
+
+    def _time(self, compiled: Path, feeds: list[dict[str, Any]], source: str) -> Latency:
+        return verification.latency(self.request.model, compiled, feeds, self.request.options, source,
+                                    progress=self.progress)
 
     def _retreat(self, canonical: Graph, found: Latency) -> Plan:
         plan, notices = self.context.plan, self.report.verdict.notices
@@ -332,7 +288,7 @@ class _Compilation:
         if plan.quantized():
             notices.append(f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({took}); "
                            "--no-measure keeps it all the same")
-            return without_int8(plan, canonical, self.request.recipe, f"int8 does not pay here: {took} in float")
+            return without_int8(plan, canonical, self.recipe, f"int8 does not pay here: {took} in float")
         notices.append(f"decoding the stored weights takes time here ({took}), so they stay float")
         return all_float(plan, f"decoding stored weights does not pay here: {took} in float")
 

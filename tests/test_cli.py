@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from onnxq import compiler
+from onnxq import request
 from onnxq.cli import cli, main
 from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
 from onnxq.recipe import Recipe, scheme, scheme_names, scheme_text
@@ -21,7 +21,7 @@ from onnxq.report.report import NodeRow, Report, Size, Verdict
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
 COMMANDS = ("compile", "verify", "bench", "inspect", "schemes")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifier", "verify"),
-             "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.compiler", "resolve")}
+             "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
@@ -430,14 +430,14 @@ def test_an_unknown_scheme_gets_near_ones(onnxq):
     assert "w8a8" in result.err
 
 
-@pytest.mark.parametrize(("options", "name"), [([], "w8a8-dynamic-tensor"), (["--calib", "c.npz"], "w8a8"),
+@pytest.mark.parametrize(("options", "name"), [([], "w8a8-dynamic"), (["--calib", "c.npz"], "w8a8"),
                                                (["model.onnx", "--scheme", "w8a8"], "w8a8")])
 def test_print_recipe_can_be_read_back(onnxq, tmp_path, options, name):
     result = onnxq("compile", "--print-recipe", *options)
     assert (result.status, result.err) == (0, "")
     path = tmp_path / "recipe.yaml"
     path.write_text(result.out)
-    assert compiler.resolve(recipe=path).scheme.name == name
+    assert request.resolve(recipe=path).scheme.name == name
     assert onnxq("compile", "--print-recipe", "--recipe", str(path)).out == result.out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import Opener, make_model, node
 
-from onnxq import compiler
+from onnxq import request
 from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.errors import UsageError
@@ -69,17 +69,17 @@ def test_a_type_matters_to_the_searches_only(opened: Opener, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranges_of_a_call_go_into_the_recipe(method: str) -> None:
-    resolved = compiler.resolve(scheme="w8a8", ranges=method)
+    resolved = request.resolve(scheme="w8a8", ranges=method)
     assert resolved.calibration.ranges == method
     recipe = Recipe(scheme("w8a8"), calibration=Calibration(samples=7, ranges="percentile"))
-    assert compiler.resolve(recipe=recipe).calibration == recipe.calibration
-    assert compiler.resolve(recipe=recipe, ranges=method).calibration == Calibration(samples=7, ranges=method)
+    assert request.resolve(recipe=recipe).calibration == recipe.calibration
+    assert request.resolve(recipe=recipe, ranges=method).calibration == Calibration(samples=7, ranges=method)
 
 
 def test_minmax_is_the_default() -> None:
-    assert compiler.resolve(scheme="w8a8").calibration.ranges == "minmax"
+    assert request.resolve(scheme="w8a8").calibration.ranges == "minmax"
 
 
 def test_unknown_ranges_are_refused() -> None:
     with pytest.raises(UsageError, match="'kl' are not known; use one of minmax, moving-average, percentile, entropy"):
-        compiler.resolve(scheme="w8a8", ranges="kl")
+        request.resolve(scheme="w8a8", ranges="kl")

@@ -238,15 +238,40 @@ def test_auto_without_data_is_dynamic_beside_the_model_and_says_what_it_left_out
     model = tmp_path / "model.onnx"
     model.write_bytes((MODELS / "digits_cnn" / "model.onnx").read_bytes())
     report = onnxq.compile(model, measure=False)
-    assert report.scheme == DYNAMIC
-    assert (tmp_path / "model.w8a8-dynamic-tensor.onnx").exists()
+    assert report.scheme == "w8a8-dynamic"
+    assert (tmp_path / "model.w8a8-dynamic.onnx").exists()
     assert report.accuracy is None
     notices = " ".join(report.verdict.notices)
-    assert "MatMul, Gemm, LSTM only, 11 Conv compute in float; --calib DATA brings static int8" in notices
+    assert "MatMul, Gemm only, 11 Conv compute in float; --calib DATA brings static int8" in notices
     assert "no data were given" in notices
     with pytest.raises(OutputError, match="exists; give --force"):
         onnxq.compile(model, measure=False)
     assert onnxq.compile(model, measure=False, force=True).ok
+
+
+@pytest.mark.parametrize(("speeds", "scheme"), [
+    ((1.5, 2.2), "w8a8-dynamic"), ((1.5, 2.3), "w8a8-dynamic-tensor"), ((0.9, 0.98), "w8a8-dynamic-tensor"),
+    ((1.5, 1.2), "w8a8-dynamic")])
+def test_auto_without_data_takes_the_coarser_scheme_only_where_it_is_clearly_faster(
+        speeds: tuple[float, float], scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxq import verification
+
+    def timed(reference: Path, made: Path, *args: Any, **more: Any) -> Latency:
+        ops = {n.op_type for n in onnx.load(made).graph.node}
+        ratio = speeds["DynamicQuantizeMatMul" in ops]
+        return Latency(1.0, 1 / ratio, ratio, ratio - 0.01, ratio + 0.01, {}, 0, "random inputs")
+
+    monkeypatch.setattr(verification, "latency", timed)
+    report = onnxq.compile(MODELS / "text_encoder" / "model.onnx", tmp_path / "o.onnx")
+    assert report.ok
+    assert report.scheme == report.recipe["scheme"]["name"] == scheme
+    props = {p.key: p.value for p in onnx.load(tmp_path / "o.onnx").metadata_props}
+    assert json.loads(props["onnxq.recipe"])["scheme"]["name"] == scheme
+    assert ("DynamicQuantizeMatMul" in {n.lowering for n in report.nodes}) == (scheme == "w8a8-dynamic-tensor")
+    assert report.latency is not None
+    assert report.latency.speedup == speeds[scheme == "w8a8-dynamic-tensor"]
+    chosen = [n for n in report.verdict.notices if "was chosen" in n]
+    assert len(chosen) == (scheme == "w8a8-dynamic-tensor")
 
 
 def test_auto_with_data_is_static_and_for_the_cpu_lowered(tmp_path: Path) -> None:

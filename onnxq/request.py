@@ -1,0 +1,109 @@
+"""What a call of compile() asks for: options into a recipe, and what can't be done refused before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onnxq.calibration import observer
+from onnxq.errors import OutputError, UsageError
+from onnxq.passes.canonicalize import canonicalize
+from onnxq.passes.lower import lower
+from onnxq.passes.quantize import quantize
+from onnxq.passes.transform import transform
+from onnxq.recipe import BudgetSpec, Fallback, Recipe, read, scheme_names
+from onnxq.recipe import scheme as named_scheme
+from onnxq.runtime.session import SessionOptions
+from onnxq.targets import Target
+from onnxq.verification import Goal
+
+AUTO = "auto"
+FORMATS = (AUTO, "qdq", "qoperator")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of compile(), checked: what is to be made of which model, and how.
+
+    `alternative` is a second recipe to try, which is taken when its result is clearly faster.
+    """
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    target: Target
+    options: SessionOptions
+    goal: Goal
+    calib: Any
+    evaluation: Any
+    format: str
+    measure: bool
+    dump: Path | None
+    dump_after: str | None
+    alternative: Recipe | None = None
+
+
+def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
+            samples: int | None = None, batch: int | None = None, ranges: str | None = None,
+            metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
+    """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
+
+    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. Raises UsageError and RecipeError.
+    """
+    if recipe is not None and scheme != AUTO:
+        raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+    elif recipe is not None:
+        chosen = read(recipe)
+    else:
+        name = ("w8a8" if calib is not None else "w8a8-dynamic") if scheme == AUTO else scheme
+        chosen = Recipe(named_scheme(name))
+    calibration = replace(chosen.calibration,
+                          samples=chosen.calibration.samples if samples is None else samples,
+                          batch=chosen.calibration.batch if batch is None else batch,
+                          ranges=chosen.calibration.ranges if ranges is None else ranges)
+    observer.check(calibration)
+    return replace(chosen, calibration=calibration,
+                   fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
+                   budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
+
+
+def check(request: Request, force: bool) -> None:
+    request.goal.check()
+    if request.calib is None and request.evaluation is None:
+        for name, asked in (("--max-drop", request.goal.max_drop), ("--metric", request.goal.metric)):
+            if asked is not None:
+                raise UsageError(f"{name} needs data to measure on; give --eval DATA")
+    chosen = request.recipe.scheme
+    if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
+        dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
+        raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
+    if request.dump_after is not None and request.dump is None:
+        raise UsageError("--dump-after names a pass, but no folder to write its graph to; give --dump DIR")
+    if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
+        raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
+    if request.model.exists():  # loading says what is wrong with a model that does not
+        _check_output(request, force)
+
+
+def _check_output(request: Request, force: bool) -> None:
+    output, folder = request.output, request.output.parent
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; name the file to write, e.g. -o {output / 'model.onnx'}")
+    if output.exists() and output.samefile(request.model):
+        raise UsageError("the result would replace the model itself; choose another -o")
+    if output.exists() and not force:
+        raise OutputError(f"{output} exists; give --force to replace it, or another -o")
+    if not folder.is_dir():
+        missing = "is not a folder" if folder.exists() else "does not exist; make it"
+        raise OutputError(f"the folder of the result, {folder}, {missing}, or choose another -o")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"the folder {folder} can't be written; choose another -o")
+
+
+def _pass_names(output_format: str) -> list[str]:
+    return [p.name for p in (*canonicalize(), *transform(), *quantize(), *lower(output_format))]
