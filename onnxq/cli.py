@@ -280,9 +280,8 @@ def explain_node(source: str, node: str, scheme: str | None, as_json: bool) -> N
     """Tell what becomes of NODE and why: its verdict, its tensors with their scales and ranges, what ran, what is
     around it. NODE is a node's name, a tensor that it makes, a glob, or the end of a name that no other has.
 
-    \b
-    A REPORT (report.json, or the folder of --report DIR) tells what was measured. Of a float MODEL it is the plan,
-    and nothing is run; of a compiled MODEL the operator as it is, and the kernel that onnxruntime takes for it.
+    A REPORT (report.json, or the folder of --report DIR) tells what was measured. Of a float MODEL it is the plan, and
+    nothing is run; of a compiled MODEL the operator as it is, and the kernel that onnxruntime takes for it.
 
     \b
     Examples:

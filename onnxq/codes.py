@@ -13,7 +13,8 @@ from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.passes.quantize.per_token import ONE
-from onnxq.plan import STATIC, NodePlan, Plan
+from onnxq.plan import STATIC, STORED, NodePlan, Plan
+from onnxq.planner import given
 from onnxq.report.report import Encoding, NodeRow
 
 # the one type that codes made at run time have (ONNX DynamicQuantizeLinear-11, and the per-token form of the passes)
@@ -64,10 +65,13 @@ def encoding(scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: str, axis: 
     """What is worth telling of a scale (float32, any shape) and a zero point (of its shape, or scalar).
 
     Bounds are None for a dtype that is none of numerics.dtypes (float8, say), and for the 32 bits of a bias, which uses
-    a small part of them.
+    a small part of them. Of several scales those that are exactly 1 tell nothing: a channel of zeros has that one.
     """
     scales, zeros = np.asarray(scale, np.float64), np.asarray(zero_point, np.float64)
-    several = scales.ndim > 0
+    several, count = scales.ndim > 0, scales.size
+    if several and zeros.shape in ((), scales.shape) and (scales != 1.0).any():
+        used = scales != 1.0
+        scales, zeros = scales[used], zeros if zeros.ndim == 0 else zeros[used]
     found = Encoding(dtype, "block" if block_size else "channel" if several else "tensor",
                      _short(np.median(scales)) if scales.size else None,
                      int(zeros.flat[0]) if zeros.size and (zeros == zeros.flat[0]).all() else None)
@@ -79,7 +83,7 @@ def encoding(scale: npt.ArrayLike, zero_point: npt.ArrayLike, dtype: str, axis: 
         found.low = _short(((bounds.qmin - zeros) * scales).min())
         found.high = _short(((bounds.qmax - zeros) * scales).max())
     if several:
-        found.axis, found.block_size, found.scales = axis, block_size or None, scales.size
+        found.axis, found.block_size, found.scales = axis, block_size or None, count
         if scales.size:
             found.least_scale, found.greatest_scale = _short(scales.min()), _short(scales.max())
     return found
@@ -130,7 +134,7 @@ def connect(rows: Sequence[NodeRow], verdicts: Mapping[str, NodePlan], graph: Gr
         row.inputs, row.outputs = reads(node), [t.name for t in node.outputs if t.name]
         row.codes_in = [node.inputs[k].name for k in verdict.int_inputs if not is_constant(node.inputs[k])]
         row.codes_out = verdict.result if verdict.int_output else None
-        row.weights = [verdict.weight] if verdict.weight is not None else []
+        row.weights = [*([verdict.weight] if verdict.weight is not None else []), *verdict.stored]
         row.part_of = verdict.part_of
 
 
@@ -145,7 +149,7 @@ def reads(node: Node) -> list[str]:
 def stored(graph: Graph) -> dict[str, Encoding]:
     """Tensor -> encoding, for the codes in a model of any making, as its operators' scales and zero points tell.
 
-    Floats that a DequantizeLinear makes of codes, and those that nothing but a QuantizeLinear reads, are in it, too.
+    Floats that are decoded from codes, and those that nothing but a QuantizeLinear reads, are in it, too.
     Tensors whose scale no operator names (what MatMulInteger reads) are not.
     """
     found: dict[str, Encoding] = {}
@@ -162,6 +166,8 @@ def stored(graph: Graph) -> dict[str, Encoding]:
             found.setdefault(node.inputs[0].name, Encoding(_RUN_TIME_DTYPE, "tensor"))
         elif node.op == "DequantizeLinear" and node.inputs[0].name in found:
             found[made.name] = found[node.inputs[0].name]
+        elif node.op == "Mul":
+            found |= _decoded(holder, node)
         elif node.op in _MAKES and len(node.inputs) > _MAKES[node.op][0]:
             scale, zero_point = (_input(node, k) for k in _MAKES[node.op])
             found[made.name] = _of_constants(holder, node, made, scale, zero_point)
@@ -173,31 +179,60 @@ def stored(graph: Graph) -> dict[str, Encoding]:
     return found
 
 
+def _decoded(graph: Graph, node: Node) -> dict[str, Encoding]:
+    """How the codes in Mul(Cast(codes), scale), and the product itself, are encoded; rows of a table, too.
+
+    This is how weights are stored for operators that compute in float (see passes.quantize.stored).
+    """
+    for k, tensor in enumerate(node.inputs):
+        cast = graph.producer(tensor)
+        if cast is None or cast.op != "Cast" or not given.decodes(graph, tensor):
+            continue
+        codes, scale = (_looked_up(graph, t) for t in (cast.inputs[0], node.inputs[1 - k]))
+        if is_constant(scale) and dtype_of(scale) == np.float32:
+            values = np.asarray(graph.read(scale), np.float32)
+            axis = next((axis for axis, size in enumerate(values.shape) if size > 1), None)
+            found = encoding(values.reshape(-1) if axis is not None else values.reshape(()), 0, str(dtype_of(codes)),
+                             axis)
+            found.float_bytes, found.code_bytes = 4 * elements(codes), elements(codes) + values.nbytes
+            return {codes.name: found, node.outputs[0].name: found}
+    return {}
+
+
+def _looked_up(graph: Graph, tensor: Tensor) -> Tensor:
+    maker = graph.producer(tensor)
+    return maker.inputs[0] if maker is not None and maker.op == "Gather" else tensor
+
+
 def row_of(node: Node, graph: Graph, encodings: Mapping[str, Encoding]) -> NodeRow:
     """A node of a file as a row without a verdict; `encodings` are those of `stored`.
 
-    What a DequantizeLinear makes of stored codes of rank 2 and more counts as a weight, and a float tensor as codes
-    where it was decoded right in front of the node or is quantized right behind it.
+    What is made of stored codes of rank 2 and more by a DequantizeLinear, or by Cast and Mul (the node's scheme is
+    `stored` then), counts as a weight, and a float tensor as codes where it was decoded right in front of the node or
+    is quantized right behind it.
     """
-    op, given = f"{node.domain}.{node.op}" if node.domain else str(node.op), parameters(node)
-    weights, read = [], []
-    for tensor in [t for k, t in enumerate(node.inputs) if t.name in encodings and k not in given]:
+    op, told = f"{node.domain}.{node.op}" if node.domain else str(node.op), parameters(node)
+    weights, read, scheme = [], [], ""
+    for tensor in [t for k, t in enumerate(node.inputs) if t.name in encodings and k not in told]:
         maker = graph.producer(tensor)
         source = maker.inputs[0] if maker is not None and maker.op == "DequantizeLinear" else None
-        if is_constant(tensor) or (is_constant(source) and len(shape_of(tensor) or ()) > 1):
+        if maker is not None and maker.op == "Mul":
+            weights.append(tensor.name)
+            scheme = STORED
+        elif is_constant(tensor) or (is_constant(source) and len(shape_of(tensor) or ()) > 1):
             weights.append(tensor.name)
         elif source is not None or _integer(tensor) or node.op in _RUN_TIME_READERS | _MOVES | set(_READS):
             read.append(tensor.name)
     made = [t for t in node.outputs if t.name in encodings and node.op != "DequantizeLinear"]
     stored_as = [t.name for t in made if _integer(t) or node.op in _MAKES or (node.op in _MOVES and read)
                  or getattr(graph.only_consumer(t), "op", "") == "QuantizeLinear"]
-    return NodeRow(node.name, op, "", "", op, "", "", None, reads(node), [t.name for t in node.outputs if t.name], read,
+    outputs = [t.name for t in node.outputs if t.name]
+    return NodeRow(node.name, op, scheme, "", op, "", "", None, reads(node), outputs, read,
                    stored_as[0] if stored_as else None, weights)
 
 
 def _integer(tensor: Tensor) -> bool:
-    dtype = dtype_of(tensor)
-    return dtype is not None and dtype.kind in "iu"
+    return str(dtype_of(tensor)).startswith(("int", "uint"))  # NumPy's own know no int4
 
 
 def parameters(node: Node) -> set[int]:

@@ -20,6 +20,7 @@ from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager, Removals
 from onnxq.planner.given import is_quantized
 from onnxq.planner.outline import outline
+from onnxq.planner.storing import channel_axis
 from onnxq.ports import dtype_name
 from onnxq.recipe import Recipe, Scheme
 from onnxq.recipe import scheme as named_scheme
@@ -32,6 +33,7 @@ from onnxq.targets import TARGETS, Target
 
 DEFAULT_SCHEME = "w8a8"
 _FEW = 8  # elements of a stored tensor that are shown one by one
+_WITH_CHANNELS = frozenset({"Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
 _PARTS = (".q", ".raw", ".unfenced", ".dq", ".decoded")  # what compiling appends to a tensor's name
 _IN_REPORT = "; what passes folded and kernels absorbed is told by the report of onnxq compile --report DIR"
 
@@ -54,7 +56,7 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
         story = _of_report(path, node)
     else:
         graph = load(path)
-        if "onnxq.plan" in graph.metadata or any(is_quantized(n) for n, _ in graph.walk()):
+        if "onnxq.plan" in graph.metadata or any(is_quantized(g, n) for n, g in graph.walk()):
             if scheme is not None:
                 raise UsageError(f"{path} is quantized already; leave out --scheme, or name the float model")
             story = _of_compiled(path, graph, node, TARGETS[target])
@@ -90,8 +92,9 @@ def _of_report(path: Path, wanted: str) -> Story:
     name = lookup.find(wanted, {row.name: called(row) for row in rows}, str(path), "; report.html lists its nodes")
     story = assemble(REPORT, str(data.get("model", "")), rows, encodings, name)
     row = next(r for r in rows if r.name == name)
-    story.summary = summary(row, REPORT, story.computes)
-    if not any(r.ran_as for r in rows):
+    seen = any(r.ran_as for r in rows)
+    story.summary = summary(row, REPORT, story.computes, seen)
+    if not seen:
         story.notes.append("the compiled model was not run: there is no word on which kernels ran")
     if not data.get("tensors") and any(r.lowering for r in rows):
         story.notes.append("nothing in this model is stored as codes")
@@ -188,8 +191,10 @@ def _of_compiled(path: Path, graph: Graph, wanted: str, target: Target) -> Story
         quantized = any(p.codes for p in (*story.inputs, *story.outputs))
         if quantized and story.op in target.pairs_with_q and not verification.is_integer(kernel.op):
             story.notes.append("it computes in float, on decoded codes: the runtime took no integer kernel for it")
+    elif story.inside is not None:
+        story.summary = "was not seen: its body was not entered on random inputs, or it is folded or fused there"
     else:
-        story.summary = "onnxruntime does not run it by itself: it is folded, or fused into its neighbours"
+        story.summary = "onnxruntime does not run it by itself: it is folded, moved, or fused into its neighbours"
     story.notes += [seen] if seen else []
     if ours:
         story.notes.append("the reasons are in the report that onnxq compile --report DIR writes")
@@ -234,7 +239,7 @@ def _describe(story: Story, graph: Graph, scheme: Scheme | None) -> None:
     named = {p.name for p in story.inputs}
     for owner in [node, *(nodes[n][0] for n in story.computes)]:
         skipped = codes.parameters(owner)
-        story.inputs += [Part(t.name, _role(owner, t)) for k, t in enumerate(owner.inputs)
+        story.inputs += [Part(t.name, _role(t)) for k, t in enumerate(owner.inputs)
                          if k not in skipped and t.name and is_constant(t) and t.name not in named]
     for part in (*story.inputs, *story.outputs):
         tensor = tensors[part.name]
@@ -242,7 +247,7 @@ def _describe(story: Story, graph: Graph, scheme: Scheme | None) -> None:
         part.dtype = dtype_name(dtype) if dtype is not None else None
         part.shape = list(shape) if shape is not None else None
         if is_constant(tensor):
-            _values(part, holder, node, tensor, scheme)
+            _values(part, holder, node, tensor, scheme if part.name in named else None)
     outputs = {t.name for t in graph.outputs}
     for part in story.outputs:
         part.note = "an output of the model" if part.name in outputs else ""
@@ -255,29 +260,37 @@ def _describe(story: Story, graph: Graph, scheme: Scheme | None) -> None:
     story.attributes = {k: v for k, v in node.attrs.items() if isinstance(v, (bool, int, float, str, list, tuple))}
 
 
-def _role(node: Node, tensor: Tensor) -> str:
-    weight = dtype_of(tensor) == np.float32 and len(shape_of(tensor) or ()) > 1 and codes.elements(tensor) > _FEW
-    return WEIGHT if weight else CONSTANT
+def _role(tensor: Tensor) -> str:
+    """A weight is a matrix of floats or more; what is long in one direction only is a bias or a factor."""
+    dims = [size for size in shape_of(tensor) or () if size != 1]
+    return WEIGHT if _is_float(tensor) and len(dims) > 1 else CONSTANT
+
+
+def _is_float(tensor: Tensor) -> bool:
+    dtype = dtype_of(tensor)
+    return dtype is not None and dtype.kind == "f"
 
 
 def _values(part: Part, graph: Graph, node: Node, tensor: Tensor, scheme: Scheme | None) -> None:
+    """Add what a stored tensor holds; with a scheme, how its values would be as codes, too."""
     count = codes.elements(tensor)
     if count <= _FEW:
-        part.values = np.asarray(graph.read(tensor)).reshape(-1).tolist()
+        values = np.asarray(graph.read(tensor)).reshape(-1)
+        part.values = [v.decode(errors="replace") if isinstance(v, bytes) else v for v in values.tolist()]
         return
-    if dtype_of(tensor) != np.float32:
+    if not _is_float(tensor):
         return
     values = np.asarray(graph.read(tensor), np.float32)
     part.statistics = {"min": float(values.min()), "max": float(values.max())}
     if not np.isfinite(values).all():
-        part.note = "it holds NaN or infinite values, which a compilation refuses"
+        part.note = "it holds NaN or infinite values"
         return
     axis = _channel_axis(node, tensor)
     if part.role == WEIGHT and axis is not None:
         part.statistics |= channel_statistics(values, axis)
-    if part.codes and scheme is not None and scheme.weights is not None:
+    if scheme is not None and scheme.weights is not None:
         dtype = by_name(scheme.weights.dtype)
-        chosen = axis if scheme.weights.granularity == "channel" else None
+        chosen = axis if scheme.weights.granularity == "channel" or not part.codes else None
         params = affine.weight_params(values, chosen, dtype)
         part.encoding = codes.of_params(params, count).to_dict()
         part.statistics["sqnr_db"] = _sqnr(values, params)
@@ -287,12 +300,8 @@ def _values(part: Part, graph: Graph, node: Node, tensor: Tensor, scheme: Scheme
 
 def _channel_axis(node: Node, weight: Tensor) -> int | None:
     """The axis of a weight whose every index makes an output of its own; None for operators without such."""
-    rank = len(shape_of(weight) or ())
-    if node.op == "Conv":
-        return 0
-    if node.op in ("Gemm", "MatMul") and weight.name == node.inputs[1].name:
-        return 0 if node.attrs.get("transB", 0) else rank - 1
-    return None
+    index = next((k for k, t in enumerate(node.inputs) if t.name == weight.name), 0)
+    return channel_axis(node, index, len(shape_of(weight) or ())) if node.op in _WITH_CHANNELS else None
 
 
 def channel_statistics(w: np.ndarray[Any, Any], axis: int) -> dict[str, Any]:

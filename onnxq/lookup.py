@@ -30,7 +30,8 @@ def find(wanted: str, known: Mapping[str, Sequence[Sequence[str]]], where: str, 
             if found:
                 return found[0]
     near = _near(wanted, known)
-    raise UsageError(f"{where} has no node and no tensor {wanted!r}{'; near: ' if near else ''}{', '.join(near)}"
+    raise UsageError(f"{where} has no node {wanted!r}, and none that makes such a tensor"
+                     f"{'; near: ' if near else ''}{', '.join(near)}"
                      f"{hint or '; onnxq inspect MODEL --json lists its nodes'}")
 
 

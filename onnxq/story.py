@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from onnxq.plan import FLOAT, GIVEN
+from onnxq.plan import FLOAT, GIVEN, STORED
 from onnxq.report import wording
 from onnxq.report.report import Encoding, NodeRow
 
@@ -93,7 +93,7 @@ def assemble(source: str, model: str, rows: Sequence[NodeRow], encodings: Mappin
             tensor, INPUT, as_codes, _plain(encodings.get(tensor)) if stored else None,
             nodes=[] if maker is None else [_neighbour(maker)],
             note="" if maker is not None else "an input of the model"))
-    story.inputs += [Part(w, WEIGHT, True, _plain(encodings.get(w)),
+    story.inputs += [Part(w, WEIGHT, row.scheme != STORED, _plain(encodings.get(w)),
                           nodes=[_neighbour(makers[w])] if w in makers else []) for w in weights]
     inner = {r.name for r in group}
     for tensor in made:
@@ -115,8 +115,11 @@ def called(row: NodeRow) -> list[list[str]]:
     return [[row.name], outputs, row.weights, row.outputs]
 
 
-def summary(row: NodeRow, source: str, computes: Iterable[str]) -> str:
-    """What becomes of a node in a clause: 'would run as QLinearConv', 'stays float and ran as Softmax on ...'."""
+def summary(row: NodeRow, source: str, computes: Iterable[str], seen: bool = True) -> str:
+    """What becomes of a node in a clause: 'would run as QLinearConv', 'stays float and ran as Softmax on ...'.
+
+    `seen` tells whether the model was run at all.
+    """
     planned, along = source == FLOAT_MODEL, list(computes)
     if row.scheme == wording.FOLDED:
         return "is folded away before anything is planned"
@@ -127,13 +130,16 @@ def summary(row: NodeRow, source: str, computes: Iterable[str]) -> str:
         return "stays float" if planned else f"stays float{_ran(row, ' and ')}"
     if row.scheme == GIVEN:
         return f"came quantized and is kept as it is{'' if planned else _ran(row, ', ')}"
+    if row.scheme == STORED:
+        return f"{'would compute' if planned else 'computes'} in float, on weights stored as int8{_ran(row, ': it ')}"
     if not row.lowering:
         return _ran(row, "") or "was not seen when the model ran"
     also = f"; the same kernel computes {', '.join(along)}" if along else ""
     if planned:
         return f"would run as {row.lowering} under scheme {row.scheme}{also}"
     if not row.ran_as:
-        return f"is planned as {row.lowering} under scheme {row.scheme}, and was not seen by itself when it ran{also}"
+        unseen = ", and was not seen by itself when the model ran" if seen else ""
+        return f"is planned as {row.lowering} under scheme {row.scheme}{unseen}{also}"
     same = wording.short(row.ran_as).removeprefix("Nhwc") == row.lowering
     return f"{'' if same else f'is planned as {row.lowering}, '}{_ran(row, '')}{also}"
 
@@ -155,6 +161,8 @@ def _fate(row: NodeRow) -> str:
         return f"in the kernel of {row.part_of}"
     if row.scheme == GIVEN:
         return "quantized already"
+    if row.scheme == STORED:
+        return "float, weights stored as int8"
     fate = row.lowering or wording.short(row.ran_as)
     return fate if row.lowering or fate != wording.short(row.op) else ""
 
