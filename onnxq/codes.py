@@ -19,10 +19,11 @@ from onnxq.report.report import Encoding, NodeRow
 
 # the one type that codes made at run time have (ONNX DynamicQuantizeLinear-11, and the per-token form of the passes)
 _RUN_TIME_DTYPE = "uint8"
-_RUN_TIME_READERS = frozenset({"DynamicQuantizeMatMul"})
+_RUN_TIME_READERS = frozenset({"DynamicQuantizeLSTM", "DynamicQuantizeMatMul"})
 # operator -> positions of (codes, scale, zero point) among its inputs
 _READS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "DequantizeLinear": ((0, 1, 2),),
+    "DynamicQuantizeLSTM": ((1, 8, 9), (2, 10, 11)),
     "DynamicQuantizeMatMul": ((1, 2, 3),),
     "MatMulIntegerToFloat": ((0, 2, 4), (1, 3, 5)),
     "MatMulNBits": ((1, 2, 3),),
@@ -117,7 +118,8 @@ def planned(plan: Plan, graph: Graph) -> dict[str, Encoding]:
     for node, _ in graph.walk():
         verdict = plan.node(node.name)
         if verdict is not None and verdict.activation != STATIC:
-            found |= {node.inputs[k].name: Encoding(_RUN_TIME_DTYPE, verdict.activation) for k in verdict.int_inputs}
+            for k in verdict.int_inputs:
+                found.setdefault(node.inputs[k].name, Encoding(_RUN_TIME_DTYPE, verdict.activation))
         for tensor in node.inputs:
             if is_constant(tensor) and tensor.name in plan.weights:
                 found[tensor.name] = of_params(plan.weights[tensor.name], elements(tensor))

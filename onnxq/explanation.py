@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.dtypes import by_name
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager, Removals
+from onnxq.plan import STATIC, NodePlan
 from onnxq.planner.given import is_quantized
 from onnxq.planner.outline import outline
 from onnxq.planner.storing import channel_axis
@@ -34,7 +36,7 @@ from onnxq.targets import TARGETS, Target
 DEFAULT_SCHEME = "w8a8"
 _FEW = 8  # elements of a stored tensor that are shown one by one
 _WITH_CHANNELS = frozenset({"Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
-_PARTS = (".q", ".raw", ".unfenced", ".dq", ".decoded")  # what compiling appends to a tensor's name
+_PARTS = (".lstm.q", ".q", ".raw", ".unfenced", ".dq", ".decoded")  # what compiling appends to a tensor's name
 _IN_REPORT = "; what passes folded and kernels absorbed is told by the report of onnxq compile --report DIR"
 
 
@@ -130,22 +132,36 @@ def _of_float(path: Path, graph: Graph, wanted: str, scheme: Scheme, target: str
         known[node.name][1:1] = [_outputs(node) if node.name not in removals.found else []]
         known[node.name].append(_weights(node))
     name = lookup.find(wanted, known, str(path))
-    row, spec = next(r for r in rows if r.name == name), scheme.activations
+    row = next(r for r in rows if r.name == name)
     holder = original if name in removals.found else graph
     if name in removals.found:
         row.inputs = codes.reads(_node(original, name))
-    in_codes = [t for r in rows for t in (*r.codes_in, r.codes_out) if t]
-    encodings = {t: Encoding(spec.dtype, spec.granularity) for t in in_codes} if spec is not None else {}
+    encodings, by_calibration = _to_come(rows, verdicts, scheme)
     story = assemble(FLOAT_MODEL, str(path), rows, encodings, name)
     story.summary = summary(row, FLOAT_MODEL, story.computes)
+    for part in (p for p in (*story.inputs, *story.outputs) if p.name in by_calibration and p.scale_found):
+        part.scale_found = "calibration"
     _describe(story, holder, scheme)
-    if spec is not None and not spec.dynamic:
-        for part in (p for p in (*story.inputs, *story.outputs) if p.scale_found):
-            part.scale_found = "calibration"
     if row.scheme != wording.FOLDED:
         story.notes.append("nothing was run or measured: onnxq compile finds ranges, times the result against float, "
                            "and leaves float what does not pay")
     return story
+
+
+def _to_come(rows: Sequence[NodeRow], verdicts: Mapping[str, NodePlan],
+             scheme: Scheme) -> tuple[dict[str, Encoding], set[str]]:
+    """How activations will be encoded, as far as a plan without ranges can tell, and those that calibration decides."""
+    found: dict[str, Encoding] = {}
+    by_calibration: set[str] = set()
+    for row in rows:
+        verdict, spec = verdicts.get(row.name), scheme.activations
+        if verdict is None or spec is None:
+            continue
+        static = verdict.activation == STATIC
+        names = [t for t in (*row.codes_in, row.codes_out) if t]
+        found |= {t: Encoding(spec.dtype, spec.granularity if static else verdict.activation) for t in names}
+        by_calibration |= set(names) if static else set()
+    return found, by_calibration
 
 
 def _outputs(node: Node) -> list[str]:

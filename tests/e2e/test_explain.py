@@ -22,7 +22,7 @@ from onnxq.report import terminal
 from onnxq.runtime.observe import executed, optimized
 
 DIGITS, TEXT, RECURRENT = (MODELS / name / "model.onnx" for name in ("digits_cnn", "text_encoder", "recurrent"))
-CONV, LINEAR, LSTM = "/inverted/body/body.2/body.2.0/Conv", "node_MatMul_24", "/lstm/LSTM"
+CONV, LINEAR, LSTM, GRU = "/inverted/body/body.2/body.2.0/Conv", "node_MatMul_24", "/lstm/LSTM", "/gru/GRU"
 
 
 def made(folder: Path, model: Path, **options: Any) -> Path:
@@ -280,14 +280,31 @@ def test_codes_that_the_runtime_decodes_to_compute_in_float(tmp_path: Path) -> N
 
 
 def test_stored_weights(recurrent: Path) -> None:
-    planned, ran, file = (onnxq.explain(s, LSTM) for s in (RECURRENT, recurrent, recurrent / "compiled.onnx"))
+    planned, ran, file = (onnxq.explain(s, GRU) for s in (RECURRENT, recurrent, recurrent / "compiled.onnx"))
     assert planned["summary"] == "would compute in float, on weights stored as int8"
-    assert ran["summary"].startswith("computes in float, on weights stored as int8: it ran as LSTM on ")
+    assert ran["summary"].startswith("computes in float, on weights stored as int8: it ran as GRU on ")
     name = next(p["name"] for p in ran["inputs"] if p["role"] == "weight")
     encodings = [part(found, key)["encoding"]
                  for found, key in ((planned, name), (ran, name), (file, f"{name}.decoded"))]
     assert encodings[0] == encodings[1] == encodings[2]
     assert all(part(found, key)["codes"] is False for found, key in ((planned, name), (file, f"{name}.decoded")))
+
+
+def test_a_kernel_with_two_weights(recurrent: Path) -> None:
+    planned, ran, file = (onnxq.explain(s, LSTM) for s in (RECURRENT, recurrent, recurrent / "compiled.onnx"))
+    assert planned["summary"] == "would run as DynamicQuantizeLSTM under scheme w8a8"
+    assert (file["op"], ran["ran_as"]) == ("com.microsoft.DynamicQuantizeLSTM", file["ran_as"])
+    names = [p["name"] for p in ran["inputs"] if p["role"] == "weight" and p["encoding"]]
+    assert len(names) == 2
+    for name in names:
+        encodings = [part(ran, name)["encoding"], part(file, f"{name}.lstm.q")["encoding"]]
+        assert [e.pop("axis") for e in encodings] == [1, 2], "the kernel wants them transposed"
+        assert encodings[0] == encodings[1]
+        assert onnxq.explain(recurrent / "compiled.onnx", name)["node"] == LSTM
+    for found in (planned, ran, file):
+        read = part(found, "/lstm/Transpose_output_0")
+        assert (read["codes"], read["encoding"]) == (True, {"dtype": "uint8", "granularity": "tensor"})
+        assert read["scale_found"] == "run time", "under a static scheme, too"
 
 
 def test_a_model_that_random_inputs_can_not_feed(tmp_path: Path) -> None:
