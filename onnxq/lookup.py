@@ -45,7 +45,7 @@ def _pattern(wanted: str) -> Callable[[str], bool]:
 def _near(wanted: str, known: Mapping[str, Sequence[Sequence[str]]]) -> list[str]:
     """Names that look like the wanted one, or have it or its last part within them, case aside."""
     plain = {name.lower(): name for names in known.values() for rank in names for name in rank}
-    low = wanted.lower().strip("*")
+    low = wanted.lower().replace("*", "")
     inside = [n for n in plain if low and low in n]
     close = difflib.get_close_matches(low, list(plain), SHOWN, 0.5)
     ends = difflib.get_close_matches(low, {n.rpartition("/")[2] for n in plain}, SHOWN, 0.75) if not close else []
