@@ -270,6 +270,32 @@ def inspect_model(model: str, scheme: str, as_json: bool) -> None:
     _print_json(found) if as_json else _print(terminal.inspection(found))
 
 
+@cli.command("explain", short_help="Tell one node's story: what became of it, and why.")
+@click.argument("source", metavar="MODEL|REPORT")
+@click.argument("node", metavar="NODE")
+@click.option("--scheme", metavar="NAME", help="The scheme whose verdict to show, of a float model.  [default: w8a8]")
+@json_option
+@debug_option
+def explain_node(source: str, node: str, scheme: str | None, as_json: bool) -> None:
+    """Tell what becomes of NODE and why: its verdict, its tensors with their scales and ranges, what ran, what is
+    around it. NODE is a node's name, a tensor that it makes, a glob, or the end of a name that no other has.
+
+    A REPORT (report.json, or the folder of --report DIR) tells what was measured. Of a float MODEL it is the plan, and
+    nothing is run; of a compiled MODEL the operator as it is, and the kernel that onnxruntime takes for it.
+
+    \b
+    Examples:
+      onnxq explain model.onnx '*lm_head*'
+      onnxq explain model.onnx /encoder/layer.0/query/MatMul --scheme w8a8-dynamic
+      onnxq compile model.onnx --calib calib.npz --report report/ && onnxq explain report/ query/MatMul
+      onnxq explain model.w8a8.onnx /encoder/layer.0/query/MatMul --json
+    """
+    from onnxq.explanation import explain
+
+    found = explain(source, node, scheme=scheme)
+    _print_json(found) if as_json else _print(terminal.explanation(found))
+
+
 @cli.command("schemes", short_help="List the named schemes.")
 @click.argument("name", required=False, metavar="[NAME]")
 @json_option

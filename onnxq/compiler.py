@@ -10,14 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onnxq import verification
+from onnxq import codes, verification
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import OnnxqError, OutputError, UsageError
 from onnxq.graph import Graph, Node, load, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
-from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
@@ -36,9 +36,7 @@ from onnxq.targets import TARGETS
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
-_REMOVED = "folded"
 _CLEARLY = 1.5  # times as fast: what the more accurate of two dynamic schemes may cost where nobody measures accuracy
-_ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 
 
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
@@ -107,6 +105,8 @@ class _Compilation:
             save(graph, request.output)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
+        codes.connect(self.report.nodes, self.context.plan.nodes, canonical)
+        self.report.tensors = codes.planned(self.context.plan, canonical)
         self.report.nodes += self.removed
         return self.report
 
@@ -116,11 +116,10 @@ class _Compilation:
     # -------------------------------------------------------------- plan
 
     def _canonicalize(self, graph: Graph) -> None:
-        before = {n.name: n.op for n in graph.nodes}
-        self._passes(canonicalize(), graph)
+        removals = Removals(graph)
+        self._passes(canonicalize(), graph, removals)
         self.made = {n.name: _results(graph, n) for n in graph.nodes}
-        self.removed = [NodeRow(name, op, _REMOVED, "", "", "", "folded into its neighbours or into a constant")
-                        for name, op in before.items() if name not in self.made]
+        self.removed = verification.removed_rows(removals)
 
     def _plan(self, graph: Graph, calib: Dataset | None) -> Plan:
         recipe, target = self.recipe, self.request.target
@@ -179,8 +178,9 @@ class _Compilation:
             save(graph, twin)
         self._passes(lower(self.request.format), graph)
 
-    def _passes(self, passes: Sequence[Pass], graph: Graph) -> None:
-        PassManager(passes, [self._dump] if self.request.dump is not None else []).run(graph, self.context)
+    def _passes(self, passes: Sequence[Pass], graph: Graph, *hooks: Hook) -> None:
+        dump = [self._dump] if self.request.dump is not None else []
+        PassManager(passes, [*hooks, *dump]).run(graph, self.context)
 
     def _dump(self, step: Pass, graph: Graph, seconds: float) -> None:
         folder = self.request.dump
@@ -310,7 +310,7 @@ class _Compilation:
 def _results(graph: Graph, node: Node) -> tuple[str, ...]:
     """What a node makes, and what a bias or activation behind it does: the runtime fuses them and leaves the latter."""
     reader = graph.only_consumer(node.outputs[0]) if len(node.outputs) else None
-    behind = _ACTIVATIONS | {"Add"} if node.op == "MatMul" else _ACTIVATIONS
+    behind = verification.ACTIVATIONS | ({"Add"} if node.op == "MatMul" else set())
     fused = reader.outputs if reader is not None and reader.op in behind else []
     return tuple(t.name for t in [*node.outputs, *fused])
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxq import verification
+from onnxq import codes, verification
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, dtype_of, is_constant, load, shape_of
 from onnxq.passes.canonicalize import canonicalize
@@ -37,6 +36,8 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}
     PassManager(canonicalize()).run(graph, Context(TARGETS[target]))
     nodes = outline(graph, recipe, TARGETS[target]).nodes
+    rows = [verification.row(n) for n in nodes.values()]
+    codes.connect(rows, nodes, graph)
     weights = _weights(graph)
     by_dtype: Counter[str] = Counter()
     for dtype, count in weights.values():
@@ -44,7 +45,7 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     return {"model": str(model), "scheme": scheme, "target": target, "opset": graph.opset, **ports,
             "operators": dict(operators.most_common()), "weight_bytes": dict(by_dtype.most_common()),
             "int8_share": _int8_share(nodes, weights),
-            "nodes": [dataclasses.asdict(verification.row(n)) for n in nodes.values()]}
+            "nodes": [row.to_dict() for row in rows]}
 
 
 def _operator(node: Any) -> str:

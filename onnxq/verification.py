@@ -21,9 +21,11 @@ from onnxq.graph import read_nodes
 from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
+from onnxq.passes.manager import Removals
 from onnxq.plan import FLOAT, STORED, NodePlan, Plan
 from onnxq.progress import Progress, Silent
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Stage, Verdict
+from onnxq.report.wording import FOLDED
 from onnxq.runtime import compare, measure
 from onnxq.runtime.observe import Executed, Planned, executed, match
 from onnxq.runtime.session import Session, SessionOptions
@@ -33,9 +35,11 @@ Feed = Mapping[str, "np.ndarray[Any, Any]"]
 # two sessions in one process: the idle one's threads would spin beside the other's work
 _QUIET = (("session.intra_op.allow_spinning", "0"),)
 _INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
-_CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
+CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 _IN_FLOAT = (FLOAT, STORED)
 _MOVES_CODES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+# what the runtime fuses into a kernel in front of it
+ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 # right kernels differ by a rounding here and there, which a deep model amplifies, but not beyond what int8 itself costs
 LEAST_SEMANTIC_DB = 20.0
 COMPARISONS = ("cosine", "sqnr")  # metrics that need no labels: how far from the float model
@@ -240,6 +244,12 @@ def row(node: NodePlan, kernel: Executed | None = None) -> NodeRow:
                    kernel.provider if kernel else "", node.reason, kernel.ms if kernel is not None and alone else None)
 
 
+def removed_rows(removals: Removals) -> list[NodeRow]:
+    """A row for each node that was gone before anything was planned."""
+    return [NodeRow(name, op, FOLDED, "", "", "", f"folded into its neighbours or into a constant ({step})",
+                    outputs=list(made)) for name, (op, made, step) in removals.found.items()]
+
+
 def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None:
     if node.is_int and node.part_of is None:
         if kernel is None:
@@ -261,7 +271,7 @@ def is_integer(op: str) -> bool:
 def ran_rows(compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> list[NodeRow]:
     """What ran in a model of unknown making: one row per executed node."""
     def kind(op: str) -> str:
-        return "int8" if is_integer(op) or op in _CONVERSIONS else FLOAT
+        return "int8" if is_integer(op) or op in CONVERSIONS else FLOAT
 
     return [NodeRow(e.name, e.op, kind(e.op), "", e.op, e.provider, "", e.ms)
             for e in executed(compiled, feeds, options, read_nodes)]

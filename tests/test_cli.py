@@ -19,7 +19,7 @@ from onnxq.recipe import Recipe, scheme, scheme_names, scheme_text
 from onnxq.report.report import NodeRow, Report, Size, Verdict
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "verify", "bench", "inspect", "schemes")
+COMMANDS = ("compile", "verify", "bench", "inspect", "explain", "schemes")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
 # what the library is told when an option is not given

@@ -102,6 +102,26 @@ class PassManager:
         return changed
 
 
+@dataclass
+class Removals:
+    """A hook that notes which pass took which node of a graph out, bodies included, before passes run on it.
+
+    `found` maps the name of a removed node to (operator, names of what it made, name of the pass).
+    """
+
+    graph: Graph
+    found: dict[str, tuple[str, tuple[str, ...], str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._present = {n.name: (n.op, tuple(t.name for t in n.outputs if t.name)) for n, _ in self.graph.walk()}
+
+    def __call__(self, step: Pass, graph: Graph, seconds: float) -> None:
+        """What is no longer there was taken out by this pass."""
+        left = {n.name for n, _ in graph.walk()}
+        for name in [n for n in self._present if n not in left]:
+            self.found[name] = (*self._present.pop(name), step.name)
+
+
 def _faults(graph: Graph) -> list[str]:
     """Bring the graph into order and look for faults; a cycle is one."""
     try:

@@ -78,8 +78,45 @@ class Semantic:
 
 
 @dataclass
+class Encoding:
+    """How a tensor is stored as codes: real = (code - zero_point) * scale (ONNX DequantizeLinear-21).
+
+    `granularity` is what shares a scale: the tensor, a channel along `axis`, a block of `block_size` elements along it,
+    or a token (a row). `scales` counts them; of several, `scale` is the median, and `least_scale` and `greatest_scale`
+    are the bounds. `scale` is None where it is found at run time, or by a calibration that has not taken place;
+    `zero_point` is None then, and where zero points differ. `low` and `high` are the least and the greatest real number
+    that a code stands for. Of a weight, `float_bytes` is its size as float32 and `code_bytes` that of its codes and
+    scales.
+    """
+
+    dtype: str
+    granularity: str
+    scale: float | None = None
+    zero_point: int | None = None
+    low: float | None = None
+    high: float | None = None
+    axis: int | None = None
+    block_size: int | None = None
+    scales: int | None = None
+    least_scale: float | None = None
+    greatest_scale: float | None = None
+    float_bytes: int | None = None
+    code_bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is None is left out."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclass
 class NodeRow:
-    """One node's verdict and what became of it."""
+    """One node's verdict and what became of it.
+
+    `inputs` are the computed tensors that it reads (stored ones are not among them), `outputs` what it makes, by their
+    names in the float model; `codes_in` those of its inputs that are read as codes, `codes_out` the tensor that its
+    kernel stores as codes (it may lie behind a Relu or Clip that the kernel computes along), `weights` those of its
+    weights that are stored as codes; `part_of` names the node whose kernel computes this one, too.
+    """
 
     name: str
     op: str
@@ -89,6 +126,20 @@ class NodeRow:
     provider: str
     reason: str
     ms: float | None = None
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    codes_in: list[str] = field(default_factory=list)
+    codes_out: str | None = None
+    weights: list[str] = field(default_factory=list)
+    part_of: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; of the fields behind `ms`, those with nothing in them are left out."""
+        data = dataclasses.asdict(self)
+        return {k: v for k, v in data.items() if k not in _MAY_LACK or v}
+
+
+_MAY_LACK = ("inputs", "outputs", "codes_in", "codes_out", "weights", "part_of")
 
 
 @dataclass
@@ -125,7 +176,10 @@ class Stage:
 
 @dataclass
 class Report:
-    """Everything that is known of a result. What was not measured is None."""
+    """Everything that is known of a result. What was not measured is None.
+
+    `tensors` maps the name of a tensor that is stored as codes to how it is.
+    """
 
     model: str
     output: str | None
@@ -135,6 +189,7 @@ class Report:
     accuracy: Accuracy | None = None
     semantic: Semantic | None = None
     nodes: list[NodeRow] = field(default_factory=list)
+    tensors: dict[str, Encoding] = field(default_factory=dict)
     layers: list[LayerRow] = field(default_factory=list)
     verdict: Verdict = field(default_factory=Verdict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +203,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, JSON's types alone; infinite figures become None."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        data: dict[str, Any] = plain({
+            **dataclasses.asdict(self), "nodes": [node.to_dict() for node in self.nodes],
+            "tensors": {name: found.to_dict() for name, found in self.tensors.items()}})
         data["verdict"]["ok"] = self.ok
         if self.size is not None:
             data["size"]["ratio"] = self.size.ratio
@@ -172,11 +229,12 @@ class Report:
                               ) from None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value in JSON's types alone: keys as text, tuples as lists, infinite figures and NaN as None."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

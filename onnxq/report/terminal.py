@@ -24,6 +24,7 @@ from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
 MAX_OUTPUTS = 4
+MAX_NEIGHBOURS = 5
 _FILE_WIDTH = 200  # where there is no terminal, only tables of very long names are folded
 
 
@@ -77,6 +78,28 @@ def inspection(found: dict[str, Any]) -> str:
         _line(console)
         _line(console, f"under scheme {found['scheme']} on {found['target']}, before anything is measured", "dim")
         _groups(console, report, "--json")
+
+    return _text(draw)
+
+
+def explanation(found: dict[str, Any]) -> str:
+    """The result of onnxq.explain: the verdict, then each tensor with what is known of it."""
+
+    def draw(console: Console) -> None:
+        where = "in the report on" if found["source"] == "report" else f"in the {found['source']}"
+        inside = f", in a body of {found['inside']}" if found["inside"] else ""
+        _line(console, wording.clean(f"{found['node']}: {found['op']} {where} {found['model']}{inside}"), "bold")
+        _line(console, wording.clean(found["summary"]))
+        if found["reason"]:
+            _line(console, wording.clean(f"why: {found['reason']}"))
+        _line(console)
+        for part in (*found["inputs"], *found["outputs"]):
+            _part(console, part)
+        attributes = ", ".join(f"{name} {_value(value)}" for name, value in found["attributes"].items())
+        if attributes:
+            _line(console, wording.clean(f"attributes: {attributes}"))
+        for note in found["notes"]:
+            _line(console, wording.clean(note), "dim")
 
     return _text(draw)
 
@@ -151,6 +174,28 @@ def _layers(console: Console, report: Report) -> None:
     _line(console)
     _line(console, "layers, with the error of those before them", "bold")
     console.print(_table(("output", "made by", "SQNR", "cosine", "max error"), rows))
+
+
+def _part(console: Console, part: dict[str, Any]) -> None:
+    """A tensor of an explanation: what it is, how it is stored, who is at its other end."""
+    verb = {"input": "reads", "output": "makes"}.get(part["role"], part["role"])
+    shape = ", ".join("?" if size is None else str(size) for size in part["shape"] or ())
+    kind = f": {part['dtype'] or 'of unknown type'} [{shape}]" if part["shape"] is not None else ""
+    values = f" = {', '.join(map(_value, part['values']))}" if part["values"] else ""
+    _line(console, wording.clean(f"{verb} {part['name']}{kind}{values}"))
+    for text in (*wording.statistics(part["statistics"] or {}), *wording.storage(part)):
+        _line(console, wording.clean(f"  {text}"))
+    others = [f"{n['node']} ({n['op']}{', ' if n['fate'] else ''}{n['fate']})" for n in part["nodes"][:MAX_NEIGHBOURS]]
+    if others:
+        more = len(part["nodes"]) - len(others)
+        _line(console, wording.clean(f"  {'read' if part['role'] == 'output' else 'made'} by {', '.join(others)}"
+                                     f"{f' and {more} more' if more else ''}"))
+    if part["note"]:
+        _line(console, wording.clean(f"  {part['note']}"))
+
+
+def _value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
 
@@ -62,6 +63,56 @@ def shape(dims: Iterable[int]) -> str:
 def threads(count: int) -> str:
     """'2 threads'; 0 stands for the runtime's own choice."""
     return "default threads" if not count else plural(count, "thread")
+
+
+def encoding(found: Mapping[str, Any], scale_found: str = "") -> str:
+    """Codes in words, from Encoding.to_dict(): 'uint8 codes, scale 0.0118, zero point 0: from 0 to 3'.
+
+    `scale_found` is when the scale is known, where there is none: 'uint8 codes, a scale per token found at run time'.
+    """
+    codes = f"{found['dtype']} codes"
+    if "scale" not in found:
+        when = "by calibration" if scale_found == "calibration" else "at run time"
+        return f"{codes}, {'one scale' if found['granularity'] == 'tensor' else 'a scale per token'} found {when}"
+    if "scales" in found:
+        each = f" in blocks of {found['block_size']}" if "block_size" in found else ""
+        axis = f" along axis {found['axis']}" if "axis" in found else ""
+        codes += f", {plural(found['scales'], 'scale')}{each}{axis}"
+        if "least_scale" in found:
+            codes += f" from {found['least_scale']:.3g} to {found['greatest_scale']:.3g}"
+    else:
+        codes += f", scale {found['scale']:.3g}"
+    zero_point = f", zero point {found['zero_point']}" if "zero_point" in found else ""
+    reach = f": from {found['low']:.3g} to {found['high']:.3g}" if "low" in found else ""
+    bytes_ = f"; {size(found['float_bytes'])} -> {size(found['code_bytes'])}" if "code_bytes" in found else ""
+    return f"{codes}{zero_point}{reach}{bytes_}"
+
+
+def storage(part: Mapping[str, Any]) -> Iterator[str]:
+    """How a tensor of an explanation is stored, where anything is known of it."""
+    if part["encoding"] is None:
+        return
+    codes = encoding(part["encoding"], part["scale_found"])
+    if part["codes"]:
+        yield f"as {codes}"
+    else:
+        yield f"in float, {'quantized for others to' if part['role'] == 'output' else 'decoded from'} {codes}"
+
+
+def statistics(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is known of the values of a stored tensor, from an explanation."""
+    if not found:
+        return
+    yield f"values from {found['min']:.3g} to {found['max']:.3g}"
+    if found.get("spread") is not None:
+        zeros = f", {found['zero_channels']} of them all zeros" if found["zero_channels"] else ""
+        yield (f"max|w| of a channel: median {found['median_channel']:.3g}, greatest {found['greatest_channel']:.3g}, "
+               f"{found['spread']:.1f}x the least ({plural(found['channels'], 'channel')} along axis {found['axis']}"
+               f"{zeros})")
+    if "sqnr_db" in found:
+        tensor = found.get("sqnr_db_per_tensor")
+        whole = f"; with one scale for the whole tensor {decibels(tensor)}" if "sqnr_db_per_tensor" in found else ""
+        yield f"quantized it keeps an SQNR of {decibels(found['sqnr_db'])}{whole}"
 
 
 def plural(count: int, noun: str) -> str:

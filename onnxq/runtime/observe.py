@@ -104,6 +104,19 @@ def executed(
     return _joined(nodes, top, nested, len(feeds))
 
 
+def optimized(model_path: str | os.PathLike[str], options: SessionOptions,
+              read_nodes: Callable[[str], Iterable[NodeRow]]) -> list[Executed]:
+    """The nodes of the top graph as onnxruntime rewrote it, without a run: no provider is known, and no time.
+
+    `read_nodes` as for `executed`. Raises what Session raises.
+    """
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        saved = os.path.join(folder, "optimized.onnx")
+        Session(model_path, options, optimized_path=saved)
+        return [Executed(name, _qualified(op, domain), "", 0.0, inputs, outputs)
+                for name, op, domain, inputs, outputs in read_nodes(saved)]
+
+
 def match(planned: Sequence[Planned], ran: Sequence[Executed]) -> dict[str, Executed | None]:
     """For the name of each planned node the executed node that does its work, or None.
 
@@ -212,7 +225,7 @@ def _joined(nodes: list[NodeRow], top: list[_Kernel], nested: list[_Kernel], run
     rows: list[Executed] = []
     for position, (name, op, domain, inputs, outputs) in enumerate(nodes):
         kernel = by_node.get(position)
-        qualified = op if domain in ("", "ai.onnx") else f"{domain}.{op}"
+        qualified = _qualified(op, domain)
         if kernel is None:
             rows.append(Executed(name, qualified, "", 0.0, inputs, outputs))
             continue
@@ -222,6 +235,10 @@ def _joined(nodes: list[NodeRow], top: list[_Kernel], nested: list[_Kernel], run
     taken = {id(kernel) for kernel in by_node.values()}
     alone = [kernel for kernel in top if id(kernel) not in taken] + nested
     return rows + [Executed(kernel.name, kernel.op, kernel.provider, _ms(kernel, runs), (), ()) for kernel in alone]
+
+
+def _qualified(op: str, domain: str) -> str:
+    return op if domain in ("", "ai.onnx") else f"{domain}.{op}"
 
 
 def _assigned(nodes: list[NodeRow], top: list[_Kernel]) -> dict[int, _Kernel]:

@@ -197,7 +197,8 @@ def test_folded_nodes_are_in_the_report(result: Make) -> None:
     rows = {r.name: r for r in result("digits_cnn", STATIC, "qoperator").report.nodes}
     folded = [r for r in rows.values() if r.scheme == "folded"]
     assert {r.op for r in folded} >= {"BatchNormalization"}
-    assert {r.reason for r in folded} == {"folded into its neighbours or into a constant"}
+    assert {(r.op, r.reason.rpartition(" ")[2]) for r in folded} == {
+        ("BatchNormalization", "(fold-batchnorm)"), ("Identity", "(remove-identity)")}
 
 
 def test_stages_are_told_to_the_progress(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
-from conftest import Opener, make_model, node
+from conftest import Opener, body, make_model, node
+from onnx import TensorProto
 
 from onnxq.errors import PassError
 from onnxq.graph import Graph, Node
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.canonicalize.fold_constants import FoldConstants
 from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
-from onnxq.passes.manager import Context, Pass, PassManager, Skip
+from onnxq.passes.manager import Context, Pass, PassManager, Removals, Skip
 from onnxq.passes.transform import transform
 from onnxq.plan import NodePlan, Plan
 
@@ -138,3 +139,29 @@ def test_names_are_unique_and_those_of_the_files() -> None:
         assert type(step).__module__.rsplit(".", 1)[1].replace("_", "-") == step.name
     names = [p.name for p in (*canonicalize(), *transform())]
     assert len(set(names)) == len(names)
+
+
+def test_removals_name_the_pass_that_took_a_node_out(opened: Opener) -> None:
+    """Nodes in bodies, too; one that a pass made and another removed was never the user's."""
+    then = body([node("Relu", "x", "t0"), node("Abs", "t0", "t")], {"t": None}, "then")
+    other = body([node("Neg", "x", "e")], {"e": None}, "other")
+    graph = opened(make_model(
+        [node("Relu", "x", "a"), node("Identity", "a", "b"), node("Abs", "b", "y"),
+         node("If", "c", "o", then_branch=then, else_branch=other)],
+        {"x": ["n"], "c": (TensorProto.BOOL, [])}, {"y": None, "o": None}))
+    removals = Removals(graph)
+
+    @dataclass(frozen=True)
+    class Bypass(Pass):
+        name: ClassVar[str] = "bypass"
+        op: str = ""
+
+        def run(self, graph: Graph, context: Context) -> bool:
+            found = [(n, g) for n, g in graph.walk() if n.op == self.op]
+            for item, holder in found:
+                holder.bypass(item)
+            return bool(found)
+
+    PassManager([Bypass("Identity"), Rename("Neg", "Sqrt"), Bypass("Relu")], [removals]).run(graph, Context())
+    assert removals.found == {"Identity_b": ("Identity", ("b",), "bypass"), "Relu_a": ("Relu", ("a",), "bypass"),
+                              "Relu_t0": ("Relu", ("t0",), "bypass")}

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from onnxq.errors import OutputError
-from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Size, Stage
+from onnxq.report.report import Accuracy, Encoding, Latency, NodeRow, OutputAccuracy, Report, Semantic, Size, Stage
 
 
 def full_report():
@@ -44,6 +44,21 @@ def test_json_has_no_word_for_infinity():
     assert data["accuracy"]["outputs"]["y"]["sqnr_db"] is None
     assert data["semantic"] == {"twin_sqnr_db": None, "runtime_sqnr_db": None, "rows": 8}
     assert data["environment"] == {"cores": 2, "cpu_flags": ["avx2"]}
+
+
+def test_nodes_and_tensors_are_compact():
+    """A model has thousands of nodes: what most of them lack is left out."""
+    report = full_report()
+    report.nodes.append(NodeRow("b", "Conv", "w8a8", "QLinearConv", "", "", "", inputs=["x"], outputs=["y"],
+                                codes_in=["x"], codes_out="r", weights=["w"], part_of="a"))
+    report.tensors = {"x": Encoding("uint8", "token"), "y": Encoding("uint8", "tensor", 0.5, 0, 0.0, 127.5)}
+    data = report.to_dict()
+    assert set(data["nodes"][0]) == {"name", "op", "scheme", "lowering", "ran_as", "provider", "reason", "ms"}
+    assert data["nodes"][1]["codes_out"] == "r"
+    assert [NodeRow(**node) for node in data["nodes"]] == report.nodes
+    assert data["tensors"]["x"] == {"dtype": "uint8", "granularity": "token"}
+    assert data["tensors"]["y"]["zero_point"] == 0, "zero is something"
+    assert {name: Encoding(**found) for name, found in data["tensors"].items()} == report.tensors
 
 
 def test_what_was_not_measured_is_null():
