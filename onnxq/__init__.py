@@ -7,7 +7,7 @@ a `Plan` what was decided. Nothing else here is public.
 
 from onnxq.bench import bench
 from onnxq.compiler import compile
-from onnxq.explanation import explain
+from onnxq.explanation.explain import explain
 from onnxq.inspection import inspect
 from onnxq.plan import Plan
 from onnxq.recipe import Recipe

@@ -290,7 +290,7 @@ def explain_node(source: str, node: str, scheme: str | None, as_json: bool) -> N
       onnxq compile model.onnx --calib calib.npz --report report/ && onnxq explain report/ query/MatMul
       onnxq explain model.w8a8.onnx /encoder/layer.0/query/MatMul --json
     """
-    from onnxq.explanation import explain
+    from onnxq.explanation.explain import explain
 
     found = explain(source, node, scheme=scheme)
     _print_json(found) if as_json else _print(terminal.explanation(found))

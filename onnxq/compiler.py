@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from onnxq import codes, verification
+from onnxq import verification
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import OnnxqError, OutputError, UsageError
+from onnxq.explanation import codes
 from onnxq.graph import Graph, Node, load, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import codes, verification
+from onnxq import verification
 from onnxq.errors import UsageError
+from onnxq.explanation import codes
 from onnxq.graph import Graph, dtype_of, is_constant, load, shape_of
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager

@@ -10,9 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import codes, lookup, verification
+from onnxq import verification
 from onnxq.calibration.readers import open_data
 from onnxq.errors import ModelError, OnnxqError, UsageError
+from onnxq.explanation import codes, lookup
+from onnxq.explanation.story import (
+    COMPILED,
+    CONSTANT,
+    FLOAT_MODEL,
+    REPORT,
+    WEIGHT,
+    Part,
+    Story,
+    assemble,
+    called,
+    summary,
+)
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, load, read_nodes, shape_of
 from onnxq.numerics import affine
 from onnxq.numerics.comparison import Comparison
@@ -30,7 +43,6 @@ from onnxq.report import wording
 from onnxq.report.report import Encoding, NodeRow, plain
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import SessionOptions
-from onnxq.story import COMPILED, CONSTANT, FLOAT_MODEL, REPORT, WEIGHT, Part, Story, assemble, called, summary
 from onnxq.targets import TARGETS, Target
 
 DEFAULT_SCHEME = "w8a8"

@@ -13,7 +13,7 @@ from conftest import make_model, node, random
 from lowering_support import NETWORK_FEEDS, make, network
 from onnx import TensorProto
 
-from onnxq import codes
+from onnxq.explanation import codes
 from onnxq.graph import Graph, load
 from onnxq.numerics import affine
 from onnxq.numerics.dtypes import INT4, INT8, UINT8

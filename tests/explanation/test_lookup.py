@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxq.errors import UsageError
-from onnxq.lookup import find
+from onnxq.explanation.lookup import find
 
 KNOWN = {
     "/layer.0/query/MatMul": [["/layer.0/query/MatMul"], ["q0"], ["shared"]],
