@@ -37,6 +37,7 @@ from onnxq.targets import TARGETS
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
+_AGREEMENT_ROWS = 64  # enough to tell agreement; a metric is measured on all of the evaluation data
 _CLEARLY = 1.5  # times as fast: what the more accurate of two dynamic schemes may cost where nobody measures accuracy
 
 
@@ -298,7 +299,7 @@ class _Compilation:
         if data is None:
             return
         note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval DATA"
-        samples = None if evaluation is not None else request.recipe.calibration.samples
+        samples = None if evaluation is not None else _AGREEMENT_ROWS
         with self.stage("accuracy"):
             self.progress.total(data.rows if samples is None else min(samples, data.rows or samples))
             self.report.accuracy = verification.accuracy(

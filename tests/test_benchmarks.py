@@ -17,6 +17,7 @@ from conftest import make_model, node, run
 sys.path.append(str(Path(__file__).parents[1]))  # the package stands beside the tests and is not installed
 
 from benchmarks import (
+    cost,
     detections,
     goals,
     layout,
@@ -349,3 +350,22 @@ def test_the_whole_text_names_its_conditions() -> None:
     assert "P, 2 cores (avx2); onnxq 1, onnxruntime 2, onnx 3, Python 4." in text
     assert "| m | 8 | fails: OSError: full |  |  |  |  |" in text
     assert "figures mean nothing" not in layout.conditions(runs.Settings.make(2, quick=False), where)
+
+
+# ------------------------------------------------------------------ cost
+
+
+def test_cost_of_every_way_to_find_ranges_with_its_stages(tmp_path: Path) -> None:
+    found = cost.costs(digits(), 0.01, 1, tmp_path)
+    assert [c.ranges for c in found] == list(cost.BOUNDS)
+    for c in found:
+        assert c.rows >= 64
+        assert c.rows % 8 == 0
+        assert {"calibrate", "scales", "verify", "accuracy"} <= set(c.stages)
+        assert c.stages["calibrate"] < c.file_seconds
+        assert c.check_seconds == c.stages["verify"] + c.stages["accuracy"]
+        assert c.float_seconds > 0
+    held = dataclasses.replace(found[0], float_seconds=2.0, file_seconds=6.0)
+    assert held.held
+    assert not dataclasses.replace(held, file_seconds=6.01).held
+    assert cost.table(found).row_count == len(found)
