@@ -233,7 +233,7 @@ def test_random_data_and_none(dtype: int, halved: Callable[[str, int], Path], tm
     none = compiled(halved("text_encoder", dtype), tmp_path / "n.onnx", "text_encoder", calib=None, eval=None,
                     metric=None).report
     assert any("timed on random inputs" in n for n in none.verdict.notices)
-    assert any(row.ran_as.endswith("DynamicQuantizeMatMul") for row in none.nodes)
+    assert any(is_integer(row.ran_as) for row in none.nodes)
 
 
 # ------------------------------------------------------------------ verify, inspect, bench
