@@ -13,6 +13,7 @@ from half_support import HALVES, stored_types, to_half
 from onnx import TensorProto
 
 from onnxq.graph import Graph, load, save
+from onnxq.graph.names import with_bodies
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower.narrow_constants import NarrowConstants
 from onnxq.passes.manager import Context, PassManager
@@ -120,6 +121,22 @@ def test_a_copied_graph_narrows_too(opened: Opener, written: Written, dtype: int
     graph = canonical(opened(to_half(model(), dtype))).copy()
     assert narrowed(graph)
     assert stored_types(written(graph))["v.kn"] == dtype
+
+
+def test_a_weight_that_a_body_hands_out_stays(opened: Opener, written: Written) -> None:
+    """Where the body ends, its type is that of the If."""
+    then = body([node("Relu", "k", "unused")], {"k": None}, "then", {"k": random(32, 64)})
+    other = body([node("MatMul", "x w", "b")], {"b": None}, "other")
+    model = make_model([node("If", "c", "y", then_branch=then, else_branch=other)],
+                       {"c": (TensorProto.BOOL, []), "x": [32, 64]}, {"y": [32, 64]}, {"w": random(64, 64)})
+    graph = canonical(opened(to_half(model, TensorProto.FLOAT16)))
+    assert narrowed(graph)
+    path = written(graph)
+    half = [t.name for g in with_bodies(onnx.load(path).graph) for t in g.initializer
+            if t.data_type == TensorProto.FLOAT16]
+    assert half == ["w"]
+    got = run(path, {"c": np.array(True), "x": np.zeros((32, 64), np.float16)})["y"]
+    np.testing.assert_array_equal(got, random(32, 64).astype(np.float16))
 
 
 def test_a_name_that_is_taken_is_left_alone(opened: Opener) -> None:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from conftest import Opener, apply, assert_same, body, make_model, node, random, run, text
+from conftest import Opener, apply, assert_same, body, make_model, node, random, run, text, value
 from half_support import HALVES, NUMPY, nearest, rounded, to_half
 from lowering_support import network
 from onnx import TensorProto, defs, helper, numpy_helper
@@ -116,17 +116,19 @@ def test_bodies_and_what_they_capture(opened: Opener, written: Written, dtype: i
 
 @each_half
 def test_a_loop_carries_float32(opened: Opener, written: Written, dtype: int) -> None:
+    """A state that is read, one that is not, and a scan output."""
+    def ports(*names: str) -> list[onnx.ValueInfoProto]:
+        return [value(name, [3]) for name in names]
+
     inner = helper.make_graph(
-        [node("Mul", "s k", "t"), node("Identity", "go", "still")], "loop",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("go", BOOL, []),
-         helper.make_tensor_value_info("s", FLOAT, [3])],
-        [helper.make_tensor_value_info("still", BOOL, []), helper.make_tensor_value_info("t", FLOAT, [3]),
-         helper.make_tensor_value_info("t", FLOAT, [3])], [numpy_helper.from_array(random(3), "k")])
-    model = make_model([node("Loop", "n on x", "y all", body=inner)], {"x": [3]}, {"y": [3], "all": [None, 3]},
-                       {"n": np.array(3), "on": np.array(True)})
+        [node("Mul", "s k", "t"), node("Identity", "go", "still"), node("Neg", "t", "v")], "loop",
+        [value("i", [], TensorProto.INT64), value("go", [], BOOL), *ports("s", "unread")],
+        [value("still", [], BOOL), *ports("t", "v", "t")], [numpy_helper.from_array(random(3), "k")])
+    model = make_model([node("Loop", "n on x x", "y last all", body=inner)], {"x": [3]},
+                       {"y": [3], "last": [3], "all": [None, 3]}, {"n": np.array(3), "on": np.array(True)})
     graph = opened(to_half(model, dtype))
     assert widened(graph) == (True, [])
-    assert halves(graph) == {"x", "y", "all"}
+    assert halves(graph) == {"x", "y", "last", "all"}
     equal_to_float(written(graph), model, {"x": random(3)}, dtype)
 
 

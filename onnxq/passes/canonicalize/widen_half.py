@@ -158,7 +158,7 @@ class _Widening:
         assert maker is not None
         result = self.graph.like(tensor, f"{tensor.name}.float", FLOAT32)
         index = next(k for k, t in enumerate(maker.outputs) if t is tensor)
-        self._reroute(tensor, result, casts=True)
+        self._reroute(tensor, result)
         self.graph.set_output(maker, index, result)
         self.graph.add_cast(f"{tensor.name}/half", result, tensor)
         self.kept.add(tensor.name)
@@ -174,14 +174,13 @@ class _Widening:
         self.changed = True
 
     def _read(self, tensor: Tensor) -> bool:
-        """Whether anything that is rewritten reads the tensor; a Cast may read it as it is."""
+        """Whether anything that is rewritten reads the tensor; Casts alone may read it as it is."""
         return any(t.name == tensor.name for node, _ in self.plain if node.op != "Cast" for t in node.inputs) or any(
             t.name == tensor.name for body in self.bodies for t in body.outputs)
 
-    def _reroute(self, tensor: Tensor, result: Tensor, casts: bool = False) -> None:
+    def _reroute(self, tensor: Tensor, result: Tensor) -> None:
         for node, _ in self.plain:
-            if casts or node.op != "Cast":
-                self._replace(node, tensor, result)
+            self._replace(node, tensor, result)
         for body in self.bodies:
             for index, output in enumerate(body.outputs):
                 if output.name == tensor.name:
