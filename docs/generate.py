@@ -99,8 +99,10 @@ def targets() -> str:
         rows = ["| operator | result | kernel |", "|---|---|---|"]
         rows += [f"| {op} | {result} | {kernel} |" for (op, result), kernel in target.lowerings.items()]
         about = inspect.getdoc(importlib.import_module(f"onnxq.targets.{name.replace('-', '_')}")) or ""
+        half = "computed as they are" if target.half else "computed in float32"
         parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and "
-                  f"N of {target.small} on, LSTMs from a hidden size of {target.least_hidden} on.", "\n".join(rows)]
+                  f"N of {target.small} on, LSTMs from a hidden size of {target.least_hidden} on; float16 and bfloat16 "
+                  f"models are {half}.", "\n".join(rows)]
     return "\n\n".join(parts)
 
 

@@ -11,12 +11,11 @@ import numpy as np
 from onnxq import verification
 from onnxq.errors import UsageError
 from onnxq.explanation import codes
-from onnxq.graph import Graph, dtype_of, is_constant, load, shape_of
+from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager
 from onnxq.plan import NodePlan
 from onnxq.planner.outline import outline
-from onnxq.ports import Port
 from onnxq.recipe import Recipe
 from onnxq.recipe import scheme as named_scheme
 from onnxq.targets import TARGETS
@@ -25,7 +24,7 @@ from onnxq.targets import TARGETS
 def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:
     """A model's ports, operators and weights (bytes by dtype), and each node's verdict under a scheme.
 
-    `int8_share` is the share of float32 weight bytes that the scheme would turn into int8. Verdicts are those of the
+    `int8_share` is the share of float weights that the scheme would turn into int8. Verdicts are those of the
     planner: a compilation also measures, and may leave float what does not pay. Raises UsageError for an unknown
     scheme or target, and what loading a model raises.
     """
@@ -35,17 +34,16 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     graph = load(model)
     operators = Counter(_operator(node) for node, _ in graph.walk())
     ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}
+    by_dtype: Counter[str] = Counter()
+    for dtype, count in _weights(graph).values():
+        by_dtype[dtype] += count
     PassManager(canonicalize()).run(graph, Context(TARGETS[target]))
     nodes = outline(graph, recipe, TARGETS[target]).nodes
     rows = [verification.row(n) for n in nodes.values()]
     codes.connect(rows, nodes, graph)
-    weights = _weights(graph)
-    by_dtype: Counter[str] = Counter()
-    for dtype, count in weights.values():
-        by_dtype[dtype] += count
     return {"model": str(model), "scheme": scheme, "target": target, "opset": graph.opset, **ports,
             "operators": dict(operators.most_common()), "weight_bytes": dict(by_dtype.most_common()),
-            "int8_share": _int8_share(nodes, weights),
+            "int8_share": _int8_share(nodes, _weights(graph)),
             "nodes": [row.to_dict() for row in rows]}
 
 
@@ -54,7 +52,7 @@ def _operator(node: Any) -> str:
 
 
 def _ports(tensors: list[Any]) -> dict[str, str]:
-    return {t.name: str(Port(t.name, dtype_of(t), shape_of(t))) for t in tensors}
+    return {t.name: str(port_of(t)) for t in tensors}
 
 
 def _weights(graph: Graph) -> dict[str, tuple[str, int]]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from onnxq import plugins
 from onnxq.calibration.readers import Dataset
-from onnxq.errors import DataError, UsageError
+from onnxq.errors import DataError, ModelError, UsageError
 from onnxq.graph import read_nodes
 from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
@@ -97,6 +97,21 @@ def check_labels(goal: Goal, data: Dataset) -> None:
     if len(data.labels) * per_label != data.rows:
         raise DataError(f"{data.name} has {len(data.labels)} labels for {data.rows} rows; metric {goal.metric} wants "
                         f"{'one label per row' if per_label == 1 else f'one label per {per_label} rows'}")
+
+
+def runs(model: str | Path, options: SessionOptions) -> bool:
+    """Whether the runtime has kernels for a model; it has none for most operators on bfloat16."""
+    try:
+        Session(model, SessionOptions(threads=options.threads))
+    except ModelError:
+        return False
+    return True
+
+
+def told_against_float32(half: Sequence[str]) -> str:
+    """The notice on a half model that the runtime does not run itself."""
+    return (f"onnxruntime does not run the {' and '.join(half)} model itself: everything is compared with its float32 "
+            "form")
 
 
 def accuracy(reference: str | Path, compiled: str | Path, data: Dataset, goal: Goal, options: SessionOptions,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import ModelError, UsageError
 from onnxq.graph import Graph, dtype_of, is_constant, load, save, stored_bytes
 from onnxq.numerics.comparison import Comparison
+from onnxq.passes.canonicalize.widen_half import WidenHalf
+from onnxq.passes.manager import Context, PassManager
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
-from onnxq.targets import TARGETS
+from onnxq.targets import TARGETS, Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -56,23 +60,40 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     if data is None:
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                       "give --data DATA")
-    with verification.stage(report, bar, "measure"):
-        report.latency = verification.latency(*paths, feeds, options, given.name, progress=bar)
-    with verification.stage(report, bar, "read back"):
-        report.nodes = verification.ran_rows(paths[1], feeds, options)
-    if verification.slower(report.latency):
-        report.verdict.notices.append(f"the compiled model is slower than float: {report.latency.speedup:.2f}x")
-    if data is not None:
-        with verification.stage(report, bar, "accuracy"):
-            bar.total(given.rows)
-            report.accuracy = verification.accuracy(*paths, given, goal, options, report.verdict, batch=batch,
-                                                    samples=samples, progress=bar.step)
-    if layers:
-        with verification.stage(report, bar, "layers"):
-            report.layers = layer_errors(*graphs, given, batch, options)
+    with _reference(paths[0], graphs[0], TARGETS[target], options, report) as reference:
+        with verification.stage(report, bar, "measure"):
+            report.latency = verification.latency(reference, paths[1], feeds, options, given.name, progress=bar)
+        with verification.stage(report, bar, "read back"):
+            report.nodes = verification.ran_rows(paths[1], feeds, options)
+        if verification.slower(report.latency):
+            report.verdict.notices.append(f"the compiled model is slower than float: {report.latency.speedup:.2f}x")
+        if data is not None:
+            with verification.stage(report, bar, "accuracy"):
+                bar.total(given.rows)
+                report.accuracy = verification.accuracy(reference, paths[1], given, goal, options, report.verdict,
+                                                        batch=batch, samples=samples, progress=bar.step)
+        if layers:
+            with verification.stage(report, bar, "layers"):
+                report.layers = layer_errors(*graphs, given, batch, options)
     report.size = Size(stored_bytes(paths[0]), stored_bytes(paths[1]))
     report.environment = {"onnxq": VERSION, "target": target, **environment()}
     return report
+
+
+@contextlib.contextmanager
+def _reference(model: Path, graph: Graph, target: Target, options: SessionOptions, report: Report) -> Iterator[Path]:
+    """The file to compare with: the float model's, or that of its float32 form where it is half and does not run.
+
+    A half graph is widened, in place: its layers are compared in float32.
+    """
+    PassManager([WidenHalf()]).run(graph, Context(target))
+    if not graph.half or verification.runs(model, options):
+        yield model
+        return
+    report.verdict.notices.append(verification.told_against_float32(graph.half))
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        save(graph, Path(folder) / "float.onnx")
+        yield Path(folder) / "float.onnx"
 
 
 def _check_ports(a: Graph, b: Graph) -> None:

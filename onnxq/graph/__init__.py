@@ -3,7 +3,20 @@
 from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.load import load, read_nodes, stored_bytes
 from onnxq.graph.save import save
-from onnxq.graph.tensors import dtype_of, is_constant, shape_of
+from onnxq.graph.tensors import (
+    FLOAT32,
+    HALF,
+    dtype_of,
+    is_constant,
+    narrow,
+    port_of,
+    shape_of,
+    type_number,
+    widen,
+    widen_attribute,
+)
+from onnxq.graph.types import element_types
 
-__all__ = ["CONTRIB", "Graph", "Node", "Tensor", "dtype_of", "is_constant", "load", "read_nodes", "save", "shape_of",
-           "stored_bytes"]
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Tensor", "dtype_of", "element_types", "is_constant", "load",
+           "narrow", "port_of", "read_nodes", "save", "shape_of", "stored_bytes", "type_number", "widen",
+           "widen_attribute"]

@@ -19,7 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxq.errors import GraphError
 from onnxq.graph import tensors
-from onnxq.graph.tensors import Array, dtype_of, is_constant, shape_of
+from onnxq.graph.tensors import Array, dtype_of, is_constant, port_of, shape_of, type_number
 from onnxq.ports import Port
 
 Node: TypeAlias = Any  # gs.Node and gs.Tensor: the library ships no types
@@ -32,7 +32,8 @@ class Graph:
     """A model being compiled.
 
     `folder` is where its external data lie; `extras`, `metadata`, `annotations` and `header` (the model's doc string,
-    domain and version) return on saving.
+    domain and version) return on saving. `half` names the types, float16 or bfloat16, that the weights came in where
+    the graph is computed in float32 instead.
     """
 
     def __init__(self, ir: gs.Graph, folder: Path, metadata: dict[str, str] | None = None,
@@ -45,6 +46,7 @@ class Graph:
         self.annotations = list(annotations)
         self.header = header or onnx.ModelProto()
         self.parent = parent
+        self.half: tuple[str, ...] = ()
         self._names = {name for g in self._with_subgraphs(ir) for name in self._local_names(g)}
         self._node_names = {n.name for n in ir.nodes}
         self._made: dict[str, Tensor] = {}  # tensors that passes made, by name
@@ -73,7 +75,7 @@ class Graph:
 
     def ports(self) -> list[Port]:
         """The inputs as data readers see them."""
-        return [Port(t.name, dtype_of(t), shape_of(t)) for t in self.ir.inputs]
+        return [port_of(t) for t in self.ir.inputs]
 
     def subgraphs(self) -> Iterator[tuple[Node, Graph]]:
         """(owner, body) for each body of If, Loop or Scan in this graph; bodies nest."""
@@ -82,12 +84,16 @@ class Graph:
                 if isinstance(value, gs.Graph):
                     yield node, Graph(value, self.folder, extras=self.extras, parent=self)
 
+    def graphs(self) -> Iterator[Graph]:
+        """This graph and the bodies in it, nested ones too."""
+        yield self
+        for _, body in self.subgraphs():
+            yield from body.graphs()
+
     def walk(self) -> Iterator[tuple[Node, Graph]]:
         """Every node with the graph that holds it, subgraphs included."""
-        for node in self.nodes:
-            yield node, self
-        for _, body in self.subgraphs():
-            yield from body.walk()
+        for graph in self.graphs():
+            yield from ((node, graph) for node in graph.nodes)
 
     def read(self, tensor: Tensor) -> Array:
         """Values of a constant; mapped from disk where they are external, never cached."""
@@ -182,6 +188,12 @@ class Graph:
         self._node_names.add(name)
         return node
 
+    def add_cast(self, name: str, tensor: Tensor, result: Tensor) -> Node:
+        """Append a Cast to the type of `result`."""
+        dtype = dtype_of(result)
+        assert dtype is not None
+        return self.add_node("Cast", name, [tensor], [result], {"to": type_number(dtype)})
+
     def add_reduction(self, op: str, name: str, tensor: Tensor, result: Tensor, axes: Sequence[int],
                       keepdims: bool) -> Node:
         """Append ReduceMin, ReduceMax or ReduceMean, whose axes are an attribute below opset 18 and an input from then.
@@ -217,6 +229,10 @@ class Graph:
         """Make output `index` of a node write another tensor."""
         node.outputs[index] = tensor
 
+    def set_result(self, index: int, tensor: Tensor) -> None:
+        """Make another tensor output `index` of a body of If, Loop or Scan, whose outputs go by position."""
+        self.ir.outputs[index] = tensor
+
     def redirect(self, old: Tensor, new: Tensor) -> None:
         """Let every reader of `old` read `new`; as a graph output `old` keeps its place and must not be redirected."""
         if self.is_output(old):
@@ -232,6 +248,7 @@ class Graph:
         if not self.is_output(result):
             self.redirect(result, source)
             self.remove(node)
+            self._names.discard(result.name)
             return
         producer = self.producer(source)
         if producer is None or self.is_output(source):
@@ -306,6 +323,7 @@ class Graph:
         ir.import_domains = list(self.ir.import_domains)  # exporting adds to it
         ir.producer_name, ir.producer_version = self.ir.producer_name, self.ir.producer_version
         twin = Graph(ir, self.folder, dict(self.metadata), dict(self.extras), self.annotations, header=self.header)
+        twin.half = self.half
         outer: dict[str, Tensor] = {}  # the library gives each body a copy of the weights that it captures
         for node, _ in twin.walk():
             for index, tensor in enumerate(node.inputs):

@@ -8,7 +8,7 @@ shapes are inferred where they can be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper, version_converter
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnxq.errors import GraphError, ModelError
 from onnxq.graph.graph import Graph
@@ -26,10 +27,6 @@ OLDEST_OPSET = 7
 WORKING_OPSET = 13  # the first with per-channel QuantizeLinear/DequantizeLinear
 SMALL = 1024  # elements; initializers up to this size are kept for shape inference, which reads them
 
-_REFUSED: dict[int, str] = {
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 _TRACE = "pkg.torch.onnx.stack_trace"
 _CARRIED_KINDS = {"FLOAT", "INT", "STRING", "TENSOR", "GRAPH", "FLOATS", "INTS", "STRINGS"}
 
@@ -46,12 +43,12 @@ class NodeExtras:
 def load(path: str | Path) -> Graph:
     """Read and normalise a model.
 
-    Raises ModelError (missing, not ONNX, truncated, no nodes, opset outside of what is supported, fp16/bf16) and
-    GraphError (constructs that can't be carried), each with what to do about it.
+    Raises ModelError (missing, not ONNX, truncated, no nodes, opset outside of what is supported) and GraphError
+    (constructs that can't be carried), each with what to do about it.
     """
     path = Path(path)
     model = _parse(path)
-    _refuse(model, path)
+    _refuse(model)
     model = _inline(model)
     _drop_initializer_inputs(model.graph)
     model = _raise_opset(model, path)
@@ -66,7 +63,8 @@ def load(path: str | Path) -> Graph:
     # inner nodes come last in `names` and have to be settled first: settling a node may copy its bodies
     extras = {name: _take_extras(node) for name, node in reversed(names.items())}
     metadata = {p.key: p.value for p in model.metadata_props}
-    ir = gs.import_onnx(model)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it prints a warning about every type that NumPy lacks
+        ir = gs.import_onnx(model)
     ir.nodes = list(ir.nodes)
     return Graph(ir, folder=path.resolve().parent, metadata=metadata,
                  extras={k: v for k, v in extras.items() if v is not None},
@@ -115,34 +113,17 @@ def _parse(path: Path) -> onnx.ModelProto:
     return model
 
 
-def _refuse(model: onnx.ModelProto, path: Path) -> None:
+def _refuse(model: onnx.ModelProto) -> None:
     for value in [*model.graph.input, *model.graph.output]:
         kind = value.type.WhichOneof("value")
         if kind not in (None, "tensor_type"):
             raise GraphError(f"{value.name!r} is of kind {kind}, which onnxq does not carry; "
                              "export the model with plain tensors as inputs and outputs")
-    for name, elem in _element_types(model):
-        if elem in _REFUSED:
-            raise ModelError(f"{path} holds {_REFUSED[elem]} tensors ({name!r}), which onnxq does not compile yet; "
-                             "export the model in float32")
     for graph in with_bodies(model.graph):
         for node in graph.node:
             if any(a.type == onnx.AttributeProto.GRAPHS for a in node.attribute):
                 raise GraphError(f"node {node.name!r} ({node.op_type}) holds a list of graphs, which onnxq can't "
                                  "carry; replace it before the export")
-
-
-def _element_types(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
-    """(name, type) of everything stored, fed or returned; Constant nodes and functions included."""
-    nodes = [n for f in model.functions for n in f.node]
-    for graph in with_bodies(model.graph):
-        nodes += graph.node
-        yield from ((t.name, t.data_type) for t in graph.initializer)
-        yield from ((t.values.name, t.values.data_type) for t in graph.sparse_initializer)
-        yield from ((v.name, v.type.tensor_type.elem_type) for v in [*graph.input, *graph.output])
-    for node in nodes:
-        if node.op_type == "Constant":
-            yield from ((node.output[0], a.t.data_type) for a in node.attribute if a.HasField("t"))
 
 
 def _inline(model: onnx.ModelProto) -> onnx.ModelProto:

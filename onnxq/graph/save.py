@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OutputError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
-from onnxq.graph.tensors import is_text, nbytes, stored
+from onnxq.graph.tensors import Widened, is_text, nbytes, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
@@ -93,11 +93,25 @@ def _store_once(main: onnx.GraphProto) -> None:
 
 def _embed(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph) -> None:
     for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
-        if proto.data_location == onnx.TensorProto.EXTERNAL:
-            raw = stored(constants[proto.name], graph.folder).tobytes()
-            del proto.external_data[:]
-            proto.data_location = onnx.TensorProto.DEFAULT
-            proto.raw_data = raw
+        tensor = constants[proto.name]
+        if proto.data_location == onnx.TensorProto.EXTERNAL or isinstance(tensor._values, Widened):
+            _embed_one(proto, tensor, graph)
+
+
+def _embed_one(proto: onnx.TensorProto, tensor: gs.Constant, graph: Graph) -> None:
+    raw = stored(tensor, graph.folder).tobytes()
+    _clear(proto, tensor)
+    proto.data_location = onnx.TensorProto.DEFAULT
+    proto.raw_data = raw
+
+
+def _clear(proto: onnx.TensorProto, tensor: gs.Constant) -> None:
+    """Take out the values as the library exported them, which for widened ones are still those of the half type."""
+    if isinstance(tensor._values, Widened):
+        proto.data_type = onnx.TensorProto.FLOAT
+    for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+        proto.ClearField(field)
+    del proto.external_data[:]
 
 
 def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph, name: str,
@@ -107,16 +121,15 @@ def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], gra
     for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
         tensor = constants[proto.name]
         if nbytes(tensor) < EXTERNAL_SMALLEST or is_text(tensor):
+            if isinstance(tensor._values, Widened):
+                _embed_one(proto, tensor, graph)
             continue
         offset = -(-offset // _ALIGN) * _ALIGN
         values = stored(tensor, graph.folder)
         file.seek(offset)
         for start in range(0, len(values), _CHUNK):
             file.write(values[start:start + _CHUNK].tobytes())
-        proto.ClearField("raw_data")
-        for typed in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-            proto.ClearField(typed)
-        del proto.external_data[:]
+        _clear(proto, tensor)
         proto.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", name), ("offset", offset), ("length", len(values))):
             proto.external_data.add(key=key, value=str(value))

@@ -15,10 +15,14 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import numpy_helper
+from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq.errors import ModelError
+from onnxq.ports import BFLOAT16, Port
 
 Array = NDArray[Any]
+FLOAT32 = np.dtype(np.float32)
+HALF: tuple[np.dtype[Any], ...] = (np.dtype(np.float16), BFLOAT16)
 
 # types of which several share a byte when stored; ONNX packs them from the low bits up
 _BITS: dict[int, int] = {
@@ -26,6 +30,14 @@ _BITS: dict[int, int] = {
     for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
     if hasattr(onnx.TensorProto, name)
 }
+
+
+class Widened(LazyValues):  # type: ignore[misc]  # the library ships no types
+    """Stored values of float16 or bfloat16 that are read as float32, exactly; mapped from disk like all others."""
+
+    def __init__(self, half: LazyValues) -> None:
+        self.half, self.tensor, self.shape = half, half.tensor, half.shape
+        self.dtype, self.nbytes = FLOAT32, 2 * half.nbytes
 
 
 def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int | None]:
@@ -89,13 +101,15 @@ def read(tensor: gs.Tensor, folder: Path) -> Array:
     values = tensor._values
     if isinstance(values, np.ndarray):
         return values
-    return read_proto(values.tensor, folder)
+    found = read_proto(values.tensor, folder)
+    return found.astype(FLOAT32) if isinstance(values, Widened) else found
 
 
 def stored(tensor: gs.Constant, folder: Path) -> NDArray[np.uint8]:
     """The bytes [n] of a constant as an external data file holds them; types below a byte are packed."""
     values = tensor._values
-    if not isinstance(values, np.ndarray) and values.tensor.data_location == onnx.TensorProto.EXTERNAL:
+    kept = not isinstance(values, (np.ndarray, Widened))
+    if kept and values.tensor.data_location == onnx.TensorProto.EXTERNAL:
         return _map(values.tensor, folder)
     values = read(tensor, folder)
     if onnx.helper.np_dtype_to_tensor_dtype(values.dtype) in _BITS:
@@ -113,7 +127,8 @@ def nbytes(tensor: gs.Constant) -> int:
     values = tensor._values
     if isinstance(values, np.ndarray) or is_text(tensor):
         return int(values.nbytes)
-    return _stored_size(values.tensor.data_type, tuple(values.shape))
+    data_type = onnx.TensorProto.FLOAT if isinstance(values, Widened) else values.tensor.data_type
+    return _stored_size(data_type, tuple(values.shape))
 
 
 def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -126,10 +141,59 @@ def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
     return tuple(None if d == "" or (isinstance(d, int) and d < 0) else d for d in tensor.shape)
 
 
-def dtype_of(tensor: gs.Tensor) -> np.dtype[np.generic] | None:
-    """Element type as a numpy dtype, None when unknown or when numpy has no such type."""
+def dtype_of(tensor: gs.Tensor) -> np.dtype[Any] | None:
+    """Element type as a numpy dtype (bfloat16 as that of ml_dtypes), None when unknown or when there is none."""
     dtype = tensor._values.dtype if isinstance(tensor, gs.Constant) else tensor.dtype
-    return None if dtype is None or isinstance(dtype, int) else np.dtype(dtype)
+    if isinstance(dtype, int):
+        return BFLOAT16 if dtype == onnx.TensorProto.BFLOAT16 else None
+    return None if dtype is None else np.dtype(dtype)
+
+
+def port_of(tensor: gs.Tensor) -> Port:
+    """What a graph input or output accepts or gives."""
+    dtype = dtype_of(tensor)
+    if dtype == BFLOAT16:
+        return Port(tensor.name, FLOAT32, shape_of(tensor), bfloat16=True)
+    return Port(tensor.name, dtype, shape_of(tensor))
+
+
+def type_number(dtype: np.dtype[Any]) -> int:
+    """The number by which ONNX attributes such as Cast's `to` name an element type."""
+    return int(onnx.helper.np_dtype_to_tensor_dtype(dtype))
+
+
+def widen(tensor: gs.Tensor) -> None:
+    """Make float32 of a float16 or bfloat16 tensor, in place; stored values are converted when they are read."""
+    if not isinstance(tensor, gs.Constant):
+        tensor.dtype = FLOAT32
+        return
+    values = tensor._values
+    _store(tensor, values.astype(FLOAT32) if isinstance(values, np.ndarray) else Widened(values))
+
+
+def widen_attribute(tensor: gs.Constant, folder: Path) -> None:
+    """Make float32 of a float16 or bfloat16 tensor in an attribute, in place; these are small and converted at once."""
+    _store(tensor, read(tensor, folder).astype(FLOAT32))
+
+
+def narrow(tensor: gs.Constant, half: np.dtype[Any], folder: Path) -> bool:
+    """Store a float32 constant as float16 or bfloat16, in place, where that loses nothing; whether it was done."""
+    values = tensor._values
+    if isinstance(values, Widened) and values.tensor.data_type == type_number(half):
+        _store(tensor, values.half)
+        return True
+    given = read(tensor, folder)
+    with np.errstate(over="ignore"):
+        stored_as = given.astype(half)
+    if not np.array_equal(stored_as.astype(FLOAT32), given, equal_nan=True):
+        return False
+    _store(tensor, stored_as)
+    return True
+
+
+def _store(tensor: gs.Constant, values: Array | LazyValues) -> None:
+    tensor._values = values
+    tensor._export_dtype = None  # a copied constant holds its type apart
 
 
 def as_proto(name: str, values: Array) -> onnx.TensorProto:

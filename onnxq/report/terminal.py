@@ -74,7 +74,7 @@ def inspection(found: dict[str, Any]) -> str:
             for name, port in found[kind].items():
                 _line(console, wording.clean(f"  {kind[:-1]} {name}: {port}"))
         stored = ", ".join(f"{wording.size(count)} {dtype}" for dtype, count in found["weight_bytes"].items())
-        _line(console, f"  weights: {stored or 'none'}; {found['int8_share']:.0%} of float32 would be int8")
+        _line(console, f"  weights: {stored or 'none'}; {found['int8_share']:.0%} of float weights would be int8")
         _line(console)
         _line(console, f"under scheme {found['scheme']} on {found['target']}, before anything is measured", "dim")
         _groups(console, report, "--json")

@@ -7,6 +7,7 @@ onnxq's errors and prints nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,16 +18,18 @@ import numpy as np
 import onnxruntime
 
 from onnxq.errors import DataError, ModelError, RuntimeUnavailable, UsageError
-from onnxq.ports import Port, dtype_name
+from onnxq.ports import BFLOAT16, Port, dtype_name
 
 CPU = "CPUExecutionProvider"
 
 # onnxruntime raises its errors besides logging them; level 4 (fatal) leaves the raising only.
 _LOG_FATAL = 4
+_ONNX_BFLOAT16 = 16  # its number in onnx.TensorProto
 _EXTERNAL_MIN_BYTES = "1024"
 
 _NUMPY_TYPES: dict[str, type[Any]] = {
     "tensor(float)": np.float32,
+    "tensor(bfloat16)": np.float32,  # as which it is fed and given
     "tensor(double)": np.float64,
     "tensor(float16)": np.float16,
     "tensor(int8)": np.int8,
@@ -101,14 +104,16 @@ class Session:
             )
         self.inputs: list[Port] = [_port(argument) for argument in self._session.get_inputs()]
         self.outputs: list[Port] = [_port(argument) for argument in self._session.get_outputs()]
+        # onnxruntime exchanges bfloat16 with Python in values of its own only
+        self._own_values = any(port.bfloat16 for port in (*self.inputs, *self.outputs))
 
     def run(
         self, feed: Mapping[str, np.ndarray[Any, Any]], outputs: Sequence[str] | None = None
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Run the model once and return the wanted outputs (None: all of them) by name, in the order asked for.
 
-        `feed` holds one array for every input, of the input's dtype, rank and fixed sizes. An output that is no tensor
-        comes back as onnxruntime gives it (a list or a dict).
+        `feed` holds one array for every input, of the input's dtype, rank and fixed sizes; float32 for bfloat16, which
+        comes back as float32, too. An output that is no tensor comes back as onnxruntime gives it (a list or a dict).
 
         Raises DataError for a feed that doesn't fit the inputs, UsageError for an output that the model lacks, and
         ModelError when the run itself fails.
@@ -160,6 +165,8 @@ class Session:
 
     def _run(self, names: list[str] | None, feed: dict[str, Any]) -> list[Any]:
         try:
+            if self._own_values:
+                return [_array(value) for value in self._session.run_with_ort_values(names, feed)]
             arrays: list[Any] = self._session.run(names, feed)
         except Exception as error:
             raise ModelError(
@@ -179,6 +186,8 @@ class Session:
                 raise DataError(f"input '{port.name}' of {self.label} is missing from the feed; add it as {port}")
             given = feed[port.name]
             checked[port.name] = given if port.dtype is None else _fitting(port, given)
+        if self._own_values:
+            return {port.name: _ort_value(port, checked[port.name]) for port in self.inputs}
         return checked
 
 
@@ -218,7 +227,23 @@ def _ort_options(options: SessionOptions, profile_prefix: str | None, optimized_
 def _port(argument: Any) -> Port:
     numpy_type = _NUMPY_TYPES.get(argument.type)
     dtype = None if numpy_type is None else np.dtype(numpy_type)
-    return Port(argument.name, dtype, tuple(argument.shape))
+    return Port(argument.name, dtype, tuple(argument.shape), argument.type == "tensor(bfloat16)")
+
+
+def _ort_value(port: Port, array: np.ndarray[Any, Any]) -> Any:
+    if not port.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.astype(BFLOAT16).view(np.uint16),
+                                                                   _ONNX_BFLOAT16)
+
+
+def _array(value: Any) -> Any:
+    """The array of a value of onnxruntime's; bfloat16, which it does not convert, is read from its memory."""
+    if not value.is_tensor() or value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
+    shape = tuple(value.shape())
+    codes = (ctypes.c_uint16 * int(np.prod(shape, dtype=np.int64))).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(codes).view(BFLOAT16).reshape(shape).astype(np.float32)
 
 
 def _fitting(port: Port, given: Any) -> np.ndarray[Any, Any]:

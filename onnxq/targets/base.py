@@ -14,7 +14,9 @@ class Target:
     `least_hidden` is the least hidden size of an LSTM for which int8 gains more than quantizing each step costs;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
-    `slow_fusions` names fusions of the runtime that are slower than what they replace.
+    `slow_fusions` names fusions of the runtime that are slower than what they replace;
+    `half` tells whether it computes in float16 and bfloat16: where not, such models are computed in float32;
+    `contrib` names the com.microsoft operators that take float32 wherever they take a half type.
     """
 
     name: str
@@ -25,3 +27,5 @@ class Target:
     small: int = 1
     pairs_with_q: frozenset[str] = frozenset()
     slow_fusions: frozenset[str] = frozenset()
+    half: bool = False
+    contrib: frozenset[str] = frozenset()

@@ -44,4 +44,14 @@ CPU = Target(
         "Mul", "Sigmoid", "Softmax", "Where",
     }),
     slow_fusions=frozenset({"SkipLayerNormalization"}),
+    # the runtime puts Casts around nearly every float16 node; for bfloat16 it has no kernels but Cast and data movement
+    half=False,
+    contrib=frozenset({
+        "Attention", "BiasGelu", "ConvTransposeWithDynamicPads", "CropAndResize", "DecoderMaskedMultiHeadAttention",
+        "DequantizeLinear", "EmbedLayerNormalization", "ExpandDims", "FastGelu", "FusedConv", "FusedGemm",
+        "FusedMatMul", "GatherBlockQuantized", "GatherND", "Gelu", "GridSample", "GroupQueryAttention", "Inverse",
+        "MatMulBnb4", "MatMulIntegerToFloat", "MatMulNBits", "MoE", "MultiHeadAttention", "Pad", "QAttention", "QMoE",
+        "QuantizeLinear", "QuickGelu", "RotaryEmbedding", "SkipLayerNormalization",
+        "SkipSimplifiedLayerNormalization", "SparseAttention", "TransposeMatMul", "Trilu", "UnfoldTensor", "Unique",
+    }),
 )

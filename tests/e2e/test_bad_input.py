@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model, node, random
-from onnx import TensorProto
 
 import onnxq
 from onnxq.errors import DataError, ModelError, OnnxqError, OutputError, RecipeError, UsageError
@@ -76,8 +75,6 @@ MODELS: dict[str, tuple[bytes, str]] = {
     "no nodes": (make_model([], {"x": [1]}, {"x": [1]}).SerializeToString(), "has no nodes"),
     "opset 6": (make_model([node("Relu", "x", "y")], {"x": [1]}, {"y": [1]}, opset=6).SerializeToString(),
                 "uses opset 6; the oldest that onnxq reads is 7"),
-    "float16": (make_model([node("Relu", "x", "y")], {"x": (TensorProto.FLOAT16, [1])},
-                           {"y": (TensorProto.FLOAT16, [1])}).SerializeToString(), "export the model in float32"),
 }
 
 

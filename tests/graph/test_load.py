@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 import pytest
 from conftest import Opener, assert_same, body, make_model, node, random, run, value
+from half_support import HALVES, NUMPY, nearest, to_half
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from onnxq.errors import GraphError, ModelError
-from onnxq.graph import Graph, is_constant, load, read_nodes, save, shape_of, stored_bytes
+from onnxq.graph import Graph, dtype_of, is_constant, load, read_nodes, save, shape_of, stored_bytes
 
 Written = Callable[[Graph], Path]
 IDS = {"x": [2, 3]}
@@ -88,28 +89,27 @@ def test_no_nodes(opened: Opener) -> None:
         opened(make_model([], {"x": [1]}, {"x": [1]}))
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16")])
-@pytest.mark.parametrize("place", ["input", "output", "initializer", "constant", "body", "function"])
-def test_half_precision_is_refused(opened: Opener, dtype: int, name: str, place: str) -> None:
-    half = helper.make_tensor("half", dtype, [1], [1.0])
-    if place == "input":
-        model = make_model([node("Cast", "half", "y", to=1)], {"half": (dtype, [1])}, {"y": [1]})
-    elif place == "output":
-        model = make_model([node("Cast", "x", "half", to=dtype)], {"x": [1]}, {"half": (dtype, [1])})
-    elif place == "initializer":
-        model = make_model([node("Cast", "half", "y", to=1)], {}, {"y": [1]}, {"half": half})
-    elif place == "constant":
-        model = make_model([node("Constant", "", "half", value=half), node("Cast", "half", "y", to=1)], {}, {"y": [1]})
-    elif place == "body":
-        branch = helper.make_graph([node("Cast", "half", "r", to=1)], "b", [], [value("r", [1])], [half])
-        model = make_model([node("If", "c", "y", then_branch=branch, else_branch=branch)],
-                           {"c": (TensorProto.BOOL, [])}, {"y": [1]})
-    else:
-        inside = [node("Constant", "", "half", value=half), node("Cast", "half", "y", to=1)]
-        model = make_model([node("F", "", "y", domain="local")], {}, {"y": [1]}, domains={"local": 1})
-        model.functions.append(helper.make_function("local", "F", [], ["y"], inside, [helper.make_opsetid("", 17)]))
-    with pytest.raises(ModelError, match=rf"holds {name} tensors \('half'\).*export the model in float32"):
-        opened(model)
+@pytest.mark.parametrize("dtype", HALVES, ids=["float16", "bfloat16"])
+def test_half_types_are_carried(opened: Opener, written: Written, capfd: pytest.CaptureFixture[str],
+                                dtype: int) -> None:
+    """Ports, weights, Constant nodes, those of bodies, too; read as arrays of the type, and nothing is printed."""
+    numbers = np.array([1.5, -2, 6e-8], np.float32)
+    branch = body([node("Add", "x half", "r")], {"r": None}, "b")
+    model = to_half(make_model(
+        [node("Constant", "", "k", value=numpy_helper.from_array(numbers)), node("Add", "k half", "s"),
+         node("If", "c", "t", then_branch=branch, else_branch=branch), node("Add", "s t", "y")],
+        {"x": [3], "c": (TensorProto.BOOL, [])}, {"y": [3]}, {"half": numbers}), dtype)
+    numbers = nearest(numbers, dtype)
+    graph = opened(model)
+    assert [dtype_of(t) for t in (*graph.inputs[:1], *graph.outputs)] == [NUMPY[dtype]] * 2
+    assert {t.name: graph.read(t).tolist() for t in graph.nodes[0].inputs} == {
+        "k": numbers.tolist(), "half": numbers.tolist()}
+    assert str(graph.ports()[0]) == f"{NUMPY[dtype].name} [3]"
+    stored = onnx.load(written(graph)).graph
+    assert {t.name: (t.data_type, numpy_helper.to_array(t).tolist()) for t in stored.initializer} == {
+        name: (dtype, numbers.tolist()) for name in ("k", "half")}
+    assert [v.type.tensor_type.elem_type for v in (stored.input[0], *stored.output)] == [dtype] * 2
+    assert capfd.readouterr() == ("", "")
 
 
 def test_opset_below_7_is_refused(opened: Opener) -> None:

@@ -135,6 +135,26 @@ def test_dropout_that_may_train_stays(leaves: Try, training: str) -> None:
     assert skips == [("Dropout_d", "it may train")]
 
 
+def test_casts_to_the_type_that_is_there_go(fires: Try) -> None:
+    """Cast and CastLike; those that change a type stay, and the one between an input and an output."""
+    model = make_model([node("Cast", "x", "a", to=1), node("Cast", "i", "j", to=TensorProto.INT64),
+                        node("CastLike", "a j", "b"), node("CastLike", "b i", "c"), node("Add", "c j", "d"),
+                        node("Cast", "a", "e", to=TensorProto.FLOAT16), node("Relu", "a", "y"),
+                        node("Cast", "x", "z", to=1)],
+                       {"x": [3], "i": (TensorProto.INT64, [3])},
+                       {"y": [3], "d": (TensorProto.INT64, [3]), "e": (TensorProto.FLOAT16, [3]), "z": [3]})
+    graph, skips = fires(model, RemoveIdentity(), {"x": random(3), "i": np.arange(3)})
+    assert ops(graph) == ["CastLike", "Add", "Cast", "Relu", "Cast"]
+    assert skips == [("Cast_z", "it joins a graph input or weight to an output")]
+
+
+def test_a_name_that_a_removed_node_made_is_free(opened: Opener) -> None:
+    graph = opened(make_model([node("Cast", "x", "a", to=1), node("Relu", "a", "y")], {"x": [3]}, {"y": [3]}))
+    apply(RemoveIdentity(), graph)
+    assert not graph.has("a")
+    assert graph.variable("a", "float32", [3]).name == "a"
+
+
 # ------------------------------------------------------------------ fold-constants
 
 

@@ -106,8 +106,36 @@ def test_port_dtypes_run_there_and_back(dtype: int, expected: type) -> None:
     assert got.dtype == np.dtype(expected)
 
 
+def test_bfloat16_is_fed_and_given_as_float32() -> None:
+    """Rounded to nearest even at 8 bits: 1 + 2**-8 is halfway and goes to 1, 1 + 3 * 2**-8 to 1 + 2**-6."""
+    session = Session(identity(TensorProto.BFLOAT16, ["n"]))
+    assert session.inputs == [Port("x", np.dtype(np.float32), ("n",), bfloat16=True)]
+    assert str(session.inputs[0]) == "bfloat16 [n]"
+    x = np.array([1.5, 1 + 2**-8, 1 + 3 * 2**-8, -np.inf], np.float32)
+    got = session.run({"x": x})["y"]
+    assert got.dtype == np.float32
+    assert got.tolist() == [1.5, 1, 1 + 2**-6, -np.inf]
+    assert session.run({"x": x[:0]})["y"].shape == (0,)
+    session.runner({"x": x})()
+    with pytest.raises(DataError, match=r"given float16 \[1\] but wants bfloat16 \[n\]; cast it with .*'float32'"):
+        session.run({"x": np.ones(1, np.float16)})
+
+
+def test_bfloat16_beside_other_types() -> None:
+    model = model_bytes(
+        [helper.make_node("Identity", ["x"], ["y"]), helper.make_node("Identity", ["i"], ["j"])],
+        [value("x", [2], TensorProto.BFLOAT16), value("i", [2, 1], TensorProto.INT64)],
+        [value("y", [2], TensorProto.BFLOAT16), value("j", [2, 1], TensorProto.INT64)],
+    )
+    got = Session(model).run({"x": np.array([1, 2], np.float32), "i": np.array([[3], [4]])}, ["j", "y"])
+    assert {k: v.tolist() for k, v in got.items()} == {"j": [[3], [4]], "y": [1, 2]}
+
+
 def test_what_numpy_has_no_type_for_has_no_dtype() -> None:
-    assert Session(identity(TensorProto.BFLOAT16, [2])).inputs[0].dtype is None
+    cast = helper.make_graph([helper.make_node("Cast", ["x"], ["y"], to=1)], "g",
+                             [value("x", [2], TensorProto.FLOAT8E5M2)], [value("y", [2])])
+    float8 = helper.make_model(cast, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    assert Session(float8.SerializeToString()).inputs[0].dtype is None
     sequence = model_bytes(
         [helper.make_node("SequenceConstruct", ["x"], ["y"])],
         [value("x", [2])],

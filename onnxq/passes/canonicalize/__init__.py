@@ -9,10 +9,11 @@ from onnxq.passes.canonicalize.normal_gemm import NormalGemm
 from onnxq.passes.canonicalize.remove_identity import RemoveIdentity
 from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
 from onnxq.passes.canonicalize.sum_to_add import SumToAdd
+from onnxq.passes.canonicalize.widen_half import WidenHalf
 from onnxq.passes.manager import Pass
 
 
 def canonicalize() -> list[Pass]:
     """The passes in the order that needs one round."""
-    return [RemoveIdentity(), FoldConstants(), FoldBatchNorm(), AddToConvBias(), SumToAdd(), NormalGemm(),
+    return [WidenHalf(), RemoveIdentity(), FoldConstants(), FoldBatchNorm(), AddToConvBias(), SumToAdd(), NormalGemm(),
             ShareDuplicates()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxq.passes.lower.dynamic_matmul import LowerDynamicMatMul
 from onnxq.passes.lower.fence_float import FenceFloat
+from onnxq.passes.lower.narrow_constants import NarrowConstants
 from onnxq.passes.lower.per_token import LowerPerToken
 from onnxq.passes.lower.qlinear_conv import LowerConv
 from onnxq.passes.lower.qlinear_linear import LowerLinear
@@ -16,6 +17,6 @@ from onnxq.passes.manager import Pass
 def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
     if output_format == "qdq":
-        return [SeparateLinear(), FenceFloat()]
+        return [SeparateLinear(), FenceFloat(), NarrowConstants()]
     return [LowerConv(), LowerLinear(), LowerJoining(), LowerDynamicMatMul(), LowerPerToken(), ShedDequantize(),
-            FenceFloat()]
+            FenceFloat(), NarrowConstants()]
