@@ -321,7 +321,8 @@ class _Compilation:
         if data is None:
             return
         note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval DATA"
-        samples = None if evaluation is not None else min(_AGREEMENT_ROWS, request.recipe.calibration.samples or 64)
+        wanted = request.recipe.calibration.samples or _AGREEMENT_ROWS
+        samples = None if evaluation is not None else min(_AGREEMENT_ROWS, wanted)
         with self.stage("accuracy"):
             self.progress.total(data.rows if samples is None else min(samples, data.rows or samples))
             self.report.accuracy = verification.accuracy(
