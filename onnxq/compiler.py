@@ -24,6 +24,7 @@ from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
 from onnxq.planner import correction
 from onnxq.planner.outline import outline
+from onnxq.planner.replay import replayed
 from onnxq.planner.retreat import all_float, without_int8
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
@@ -46,6 +47,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             batch: int | None = None, ranges: str | None = None, eval: Any = None, metric: str | None = None,
             max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
             keep_float: Sequence[str] = (), force: bool = False, measure: bool = True,
+            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
             dump: str | Path | None = None, dump_after: str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
@@ -53,8 +55,13 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
     `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written even when a check
-    fails: look at `Report.ok`. Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
+    fails: look at `Report.ok`. `save_plan` names a folder for all that was decided; given as `plan`, it is replayed:
+    the same Plan on the same model gives the same bytes, without data, on any machine. Raises UsageError for a wrong
+    call and the other OnnxqErrors for unusable input.
     """
+    saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+    if saved is not None and scheme == AUTO and recipe is None:
+        scheme = saved.scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float)
     model = Path(model)
@@ -69,7 +76,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
         TARGETS[target].format if format == AUTO else format, measure,
         Path(dump) if dump is not None else None, dump_after,
-        replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None)
+        replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None, saved,
+        Path(save_plan) if save_plan is not None else None)
     check(request, force)
     return _Compilation(request, progress or Silent()).run()
 
@@ -108,6 +116,8 @@ class _Compilation:
             graph = self._verify(graph, canonical, compiled, twin, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
+            if request.save_plan is not None:
+                self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
         codes.connect(self.report.nodes, self.context.plan.nodes, canonical)
@@ -145,6 +155,8 @@ class _Compilation:
     def _plan(self, graph: Graph, calib: Dataset | None) -> Plan:
         recipe, target = self.recipe, self.request.target
         with self.stage("plan"):
+            if self.request.plan is not None:
+                return replayed(self.request.plan, graph)
             found = outline(graph, recipe, target)
         ranges = {}
         if found.ranges_of and calib is not None:
@@ -292,7 +304,7 @@ class _Compilation:
         while True:
             found = self.report.latency or self._time(compiled, feeds, source)
             self.report.latency = found
-            if not self.context.plan.changes or not verification.slower(found):
+            if self.request.plan is not None or not self.context.plan.changes or not verification.slower(found):
                 break
             self.context.plan = self._retreat(canonical, found)
             self.report.latency = None

@@ -99,13 +99,14 @@ class Plan:
         return sha.hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Write plan.json and plan.npz into a folder. Raises OutputError when that can't be done."""
+        """Write plan.json and plan.npz into a folder, made if needed. Raises OutputError when that can't be done."""
         folder = Path(folder)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "plan.json").write_text(json.dumps(self._verdicts(), indent=1) + "\n", encoding="utf-8")
             np.savez_compressed(folder / "plan.npz", **self._arrays())  # type: ignore[arg-type]
         except OSError as e:
-            raise OutputError(f"the plan can't be written ({e.strerror}); name a folder that exists and has room: "
+            raise OutputError(f"the plan can't be written ({e.strerror}); name another folder than "
                               f"{folder}") from None
 
     @staticmethod

@@ -14,6 +14,7 @@ from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Fallback, Recipe, read, scheme_names
 from onnxq.recipe import scheme as named_scheme
 from onnxq.runtime.session import SessionOptions
@@ -28,7 +29,8 @@ FORMATS = (AUTO, "qdq", "qoperator")
 class Request:
     """One call of compile(), checked: what is to be made of which model, and how.
 
-    `alternative` is a second recipe to try, which is taken when its result is clearly faster.
+    `alternative` is a second recipe to try, which is taken when its result is clearly faster. `plan` is replayed as it
+    is, and what was decided is saved into the folder `save_plan`.
     """
 
     model: Path
@@ -44,6 +46,8 @@ class Request:
     dump: Path | None
     dump_after: str | None
     alternative: Recipe | None = None
+    plan: Plan | None = None
+    save_plan: Path | None = None
 
 
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
@@ -79,7 +83,12 @@ def check(request: Request, force: bool) -> None:
             if asked is not None:
                 raise UsageError(f"{name} needs data to measure on; give --eval DATA")
     chosen = request.recipe.scheme
-    if chosen.activations is not None and not chosen.is_dynamic and request.calib is None:
+    if request.plan is not None and (request.plan.scheme, request.plan.target) != (chosen.name, request.target.name):
+        raise UsageError(f"the plan is for scheme {request.plan.scheme} on {request.plan.target}, not for "
+                         f"{chosen.name} on {request.target.name}; leave the scheme out, or make a plan for it with "
+                         "--save-plan DIR")
+    static = chosen.activations is not None and not chosen.is_dynamic
+    if static and request.calib is None and request.plan is None:
         dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
         raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
     if request.dump_after is not None and request.dump is None:

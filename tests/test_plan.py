@@ -150,7 +150,10 @@ def test_what_is_no_plan(tmp_path: Path, case: str) -> None:
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"can't be written \(No such file or directory\)"):
-        example().save(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OutputError, match=r"can't be written .*; name another folder"):
+        example().save(tmp_path / "file")
+    example().save(tmp_path / "deep" / "new")
+    assert Plan.load(tmp_path / "deep" / "new").digest() == example().digest()
     with pytest.raises(UsageError, match="holds no plan"):
         Plan.load(tmp_path / "nowhere")

@@ -1,0 +1,25 @@
+"""A saved Plan for another compilation of the same model."""
+
+from __future__ import annotations
+
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, shape_of
+from onnxq.plan import Plan
+
+
+def replayed(plan: Plan, graph: Graph) -> Plan:
+    """A saved Plan for the graph that it was made for. Raises UsageError when it names other nodes or weights."""
+    ops = {n.name: n.op for n, _ in graph.walk()}
+    wrong = next((n for n in [*ops, *plan.nodes] if n not in ops or plan.node(n) is None or plan.nodes[n].op != ops[n]),
+                 None)
+    if wrong is not None:
+        raise UsageError(f"the plan was made for another model: the two differ in node {wrong!r}; make a plan of this "
+                         "model with --save-plan DIR")
+    for node, _ in graph.walk():
+        for tensor in node.inputs:
+            params, dims = plan.weights.get(tensor.name), shape_of(tensor) or ()
+            if params is not None and params.axis is not None and dims[params.axis] != params.scale.size:
+                raise UsageError(f"the plan was made for another model: the weights {tensor.name!r} have "
+                                 f"{dims[params.axis]} channels, not {params.scale.size}; make a plan of this model "
+                                 "with --save-plan DIR")
+    return plan
