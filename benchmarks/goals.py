@@ -13,9 +13,9 @@ from benchmarks.runs import Memory, Row
 from benchmarks.worker import ONNXQ
 
 GOALS = Path(__file__).parent / "goals.yaml"
-SCORES = ("drop", "ratio", "pooled_cosine")  # keys of benchmarks.scoring.score
+SCORES = ("drop", "ratio", "value", "pooled_cosine")  # keys of benchmarks.scoring.score
 MEMORY = ("peak_bytes", "peak_growth")
-FIGURES = (*SCORES, "speedup", *MEMORY)
+FIGURES = (*SCORES, "speedup", "size", *MEMORY)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Goal:
     goal: str
     least: float = -math.inf
     most: float = math.inf
+    tool: str = ONNXQ
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,9 @@ def of_memory(goals: Iterable[Goal]) -> list[str]:
 
 def check(goals: Iterable[Goal], rows: Sequence[Row], memory: Sequence[Memory]) -> list[Outcome]:
     """Each goal with what was found."""
-    row_of = {row.model: row for row in rows if row.tool == ONNXQ}
+    row_of = {(row.model, row.tool): row for row in rows}
     memory_of = {found.model: found for found in memory}
-    return [_check(goal, row_of.get(goal.model), memory_of.get(goal.model)) for goal in goals]
+    return [_check(goal, row_of.get((goal.model, goal.tool)), memory_of.get(goal.model)) for goal in goals]
 
 
 def _check(goal: Goal, row: Row | None, memory: Memory | None) -> Outcome:
@@ -80,5 +81,7 @@ def _figure(name: str, row: Row | None, memory: Memory | None) -> float | None:
         peaks = [peak for peak in (memory.peak_bytes, memory.peak_bytes_tenfold) if peak]
         return float(max(peaks)) if peaks else None
     assert row is not None
+    if name == "size":
+        return None if row.bytes is None else row.bytes / row.float_bytes
     value = row.speed.get("ratio") if name == "speedup" else row.score.get(name)
     return None if value is None else float(value)

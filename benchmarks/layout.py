@@ -11,7 +11,7 @@ from rich.text import Text
 
 from benchmarks.goals import Goal, Outcome
 from benchmarks.runs import FLOAT, PEERS, Memory, Row, Settings
-from benchmarks.worker import ONNXQ, TIMED_ROWS, UNMEASURED
+from benchmarks.worker import ONNXQ, PER_TOKEN, TIMED_ROWS, UNMEASURED
 
 _NAMES = {"top1": "top-1", "frame_accuracy": "accuracy", "perplexity": "perplexity", "spearman": "Spearman",
           "psnr": "PSNR", "agreement: top1": "same top-1", "agreement: detections:ultraface": "F1 to float"}
@@ -50,14 +50,15 @@ def cells(row: Row) -> list[str]:
 
 def summary(rows: Iterable[Row]) -> str:
     """Markdown: a line per model, a column per tool, in each cell accuracy and speed."""
-    lines = [_line(["model: metric of float", *PEERS, ONNXQ]), _line(["---"] * (len(PEERS) + 2))]
+    lines = [_line(["model: metric of float", *PEERS, PER_TOKEN, ONNXQ]), _line(["---"] * (len(PEERS) + 3))]
     for model, given in _by_model(rows).items():
         tools = {row.tool: row for row in given}
         plain = tools[FLOAT]
         name = _NAMES.get(plain.metric, plain.metric)
         known = not plain.error and not plain.metric.startswith("agreement")
         head = f"{model}: {name} {_value(plain.metric, plain.score['value'])}" if known else f"{model}: {name}"
-        lines.append(_line([head, *(_both(tools[tool]) for tool in PEERS), _ours(tools)]))
+        lines.append(_line([head, *(_both(tools[tool]) for tool in PEERS),
+                            _ours(tools, PER_TOKEN), _ours(tools, ONNXQ)]))
     return "\n".join(lines)
 
 
@@ -154,11 +155,12 @@ def _both(row: Row) -> str:
     return ", ".join(found) + (" (unchanged)" if row.score["sqnr_db"] is None else "")
 
 
-def _ours(tools: Mapping[str, Row]) -> str:
-    row = tools[ONNXQ]
+def _ours(tools: Mapping[str, Row], tool: str) -> str:
+    row = tools[tool]
     if row.error or not row.left_float:
         return _both(row)
-    return f"left float (int8: {_both(tools[UNMEASURED])})" if UNMEASURED in tools else "left float"
+    known = tool == ONNXQ and UNMEASURED in tools
+    return f"left float (int8: {_both(tools[UNMEASURED])})" if known else "left float"
 
 
 def _value(metric: str, value: float) -> str:
@@ -196,7 +198,7 @@ def _measured(outcome: Outcome) -> str:
 def _figure(goal: Goal, value: float) -> str:
     if goal.figure == "peak_bytes":
         return _megabytes(int(value))
-    if goal.figure in ("speedup", "peak_growth"):
+    if goal.figure in ("speedup", "peak_growth", "size"):
         return f"{value:.2f}x"
     if goal.figure == "ratio":
         return f"{value:.4f}x"

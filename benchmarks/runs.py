@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.memory import GROWTH
 from benchmarks.models import ROOT, Case
-from benchmarks.worker import DYNAMIC, LINEARS, ONNXQ, STATIC, UNMEASURED
+from benchmarks.worker import DYNAMIC, LINEARS, ONNXQ, PER_TOKEN, STATIC, UNMEASURED
 from onnxq.graph import stored_bytes
 from onnxq.recipe import Calibration
 
@@ -90,7 +90,7 @@ class Memory:
 def run_case(case: Case, settings: Settings, say: Say) -> list[Row]:
     """The float model, the peers and onnxq on one model; where int8 did not pay, onnxq again without measuring."""
     size = stored_bytes(case.model)
-    rows = [_run_tool(case, tool, size, settings, say) for tool in (FLOAT, *PEERS, ONNXQ)]
+    rows = [_run_tool(case, tool, size, settings, say) for tool in (FLOAT, *PEERS, PER_TOKEN, ONNXQ)]
     if rows[-1].made.get("int8_slower"):
         rows.append(_run_tool(case, UNMEASURED, size, settings, say))
     return rows

@@ -21,10 +21,10 @@ from onnxq.runtime.measure import time as time_alone
 from onnxq.runtime.session import Session, SessionOptions
 
 STATIC, LINEARS, DYNAMIC = "onnxruntime static", "onnxruntime linears", "onnxruntime dynamic"
-ONNXQ, UNMEASURED = "onnxq", "onnxq --no-measure"
+ONNXQ, PER_TOKEN, UNMEASURED = "onnxq", "onnxq per token", "onnxq --no-measure"
 TIMED_ROWS = 8
 _QUIET = (("session.intra_op.allow_spinning", "0"),)  # while two models take turns run by run, to be scored
-_PLANNED_FLOAT = ("float", "folded")
+_PLANNED_FLOAT = ("float", "folded", "stored")
 
 
 def make(case: Case, tool: str, output: str, threads: int, samples: int) -> dict[str, Any]:
@@ -69,8 +69,8 @@ def _speed(case: Case, model: str | None, feed: dict[str, Any], threads: int, ro
 
 def _tool(name: str) -> Callable[[Case, Path, int, int], dict[str, Any]]:
     """The tool by name; onnxruntime.quantization is imported only for itself."""
-    if name in (ONNXQ, UNMEASURED):
-        return _onnxq(measure=name == ONNXQ)
+    if name in (ONNXQ, PER_TOKEN, UNMEASURED):
+        return _onnxq("w8a8-dynamic" if name == PER_TOKEN else "w8a8", measure=name != UNMEASURED)
     from benchmarks import peers_ort
 
     quantize = {STATIC: peers_ort.static_default, LINEARS: peers_ort.static_linears, DYNAMIC: peers_ort.dynamic}[name]
@@ -82,12 +82,12 @@ def _tool(name: str) -> Callable[[Case, Path, int, int], dict[str, Any]]:
     return run
 
 
-def _onnxq(measure: bool) -> Callable[[Case, Path, int, int], dict[str, Any]]:
+def _onnxq(scheme: str, measure: bool) -> Callable[[Case, Path, int, int], dict[str, Any]]:
     import onnxq
 
     def run(case: Case, output: Path, threads: int, samples: int) -> dict[str, Any]:
-        report = onnxq.compile(case.model, output, calib=case.calib, samples=samples, threads=threads, measure=measure,
-                               force=True)
+        report = onnxq.compile(case.model, output, scheme=scheme, calib=case.calib, samples=samples, threads=threads,
+                               measure=measure, force=True)
         return {"scheme": report.scheme, "notices": report.verdict.notices, "failures": report.verdict.failures,
                 "left_float": all(node.scheme in _PLANNED_FLOAT for node in report.nodes),
                 "int8_slower": any("nothing pays" in notice for notice in report.verdict.notices),

@@ -259,9 +259,9 @@ def test_one_run_from_the_models_to_the_files(tmp_path: Path, monkeypatch: pytes
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "markdown")}
     options = ["--models", str(tmp_path), "--only", "digits_cnn", "--threads", "1"]
     assert table.main([*options, "--json", str(files["json"]), "--markdown", str(files["markdown"])]) == 0
-    tools = [worker.STATIC, worker.LINEARS, worker.DYNAMIC, worker.ONNXQ, worker.UNMEASURED]
+    tools = [worker.STATIC, worker.LINEARS, worker.DYNAMIC, worker.PER_TOKEN, worker.ONNXQ, worker.UNMEASURED]
     assert [tool for step, tool in done if step == "make"] == tools
-    assert [tool for step, tool in done if step == "judge"] == ["None", *["compiled"] * 4]
+    assert [tool for step, tool in done if step == "judge"] == ["None", *["compiled"] * 5]
     found = json.loads(files["json"].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [row["tool"] for row in found["rows"]] == [runs.FLOAT, *tools]
     assert found["rows"][3]["error"] == "killed by SIGSEGV"
@@ -269,7 +269,7 @@ def test_one_run_from_the_models_to_the_files(tmp_path: Path, monkeypatch: pytes
     assert (found["settings"]["threads"], found["goals"], found["memory"]) == (1, [], [])
     assert found["environment"]["numpy"] == np.__version__
     text = files["markdown"].read_text()
-    assert "fails (quantizing) | left float (int8: 100.00 %, 2.00x) |" in text
+    assert "fails (quantizing) | 100.00 %, 2.00x | left float (int8: 100.00 %, 2.00x) |" in text
     printed = capsys.readouterr()
     assert text in printed.out
     assert "killed by SIGSEGV" in printed.out
@@ -291,16 +291,17 @@ def canned() -> list[runs.Row]:
     reason = "ModelError: onnxruntime can't load /t/q.onnx: Load model from /t/q.onnx failed:a | b" + "c" * 90
     failed = runs.Row("m", worker.LINEARS, "top1", 4_000_000, failed="run", error=reason)
     return [row(runs.FLOAT, 0.8, None, 1.0), row(worker.STATIC, 0.5, 8.0, 0.5), failed,
-            row(worker.DYNAMIC, 0.8, None, 1.0), row(worker.ONNXQ, 0.8, None, 1.0, left_float=True, int8_slower=True),
+            row(worker.DYNAMIC, 0.8, None, 1.0), row(worker.PER_TOKEN, 0.8, 50.0, 1.5),
+            row(worker.ONNXQ, 0.8, None, 1.0, left_float=True, int8_slower=True),
             row(worker.UNMEASURED, 0.79, 30.0, 0.9)]
 
 
 def test_the_summary_has_a_cell_per_tool() -> None:
     lines = layout.summary(canned()).splitlines()
     assert lines[0] == ("| model: metric of float | onnxruntime static | onnxruntime linears | onnxruntime dynamic "
-                        "| onnxq |")
+                        "| onnxq per token | onnxq |")
     assert lines[2] == ("| m: top-1 80.00 % | 50.00 %, 0.50x | fails (to run) | 80.00 %, 1.00x (unchanged) "
-                        "| left float (int8: 79.00 %, 0.90x) |")
+                        "| 80.00 %, 1.50x | left float (int8: 79.00 %, 0.90x) |")
     assert len(lines) == 3
 
 
@@ -310,7 +311,7 @@ def test_details_have_every_figure() -> None:
     assert lines[5] == ("| onnxruntime static | 50.00 % | 30.00 pt | 0.9900 | 8.0 | 0.50x | 0.40 - 0.60 | 0.25x | 1.2 "
                         "| 210 |  |")
     assert lines[6].endswith("| result fails: a / b" + "c" * 54 + "… |")
-    assert lines[8].endswith("| nothing pays, left float |")
+    assert lines[9].endswith("| nothing pays, left float |")
     assert {line.count("|") for line in lines[2:]} == {len(layout.HEADINGS) + 1}
 
 
@@ -319,21 +320,25 @@ def test_goals_are_met_missed_or_not_measured() -> None:
     measured = runs.Memory("m", 8, peak_bytes=100, peak_bytes_tenfold=130)
     wanted = [goals.Goal("m", "drop", "a", most=0.0), goals.Goal("m", "speedup", "b", least=1.5),
               goals.Goal("m", "pooled_cosine", "c", least=0.9), goals.Goal("other", "drop", "d", most=1),
-              goals.Goal("m", "peak_growth", "e", most=1.3), goals.Goal("m", "peak_bytes", "f", most=129)]
+              goals.Goal("m", "peak_growth", "e", most=1.3), goals.Goal("m", "peak_bytes", "f", most=129),
+              goals.Goal("m", "speedup", "g", least=1.5, tool=worker.PER_TOKEN), goals.Goal("m", "size", "h", most=0.2)]
     outcomes = goals.check(wanted, rows, [measured])
-    assert [o.met for o in outcomes] == [True, False, None, None, True, False]
+    assert [o.met for o in outcomes] == [True, False, None, None, True, False, True, False]
     assert layout.goals(outcomes).splitlines()[2:] == [
         "| m | a | 0.0000 | met |", "| m | b | 1.00x | missed |", "| m | c |  | not measured |",
-        "| other | d |  | not run |", "| m | e | 1.30x | met |", "| m | f | 0.00013 MB | missed |"]
-    rows[4].score["drop"] = math.nan
+        "| other | d |  | not run |", "| m | e | 1.30x | met |", "| m | f | 0.00013 MB | missed |",
+        "| m | g | 1.50x | met |", "| m | h | 0.25x | missed |"]
+    rows[5].score["drop"] = math.nan
     assert goals.check(wanted[:1], rows, [])[0].met is False
-    rows[4].error = "killed by SIGKILL"
+    rows[5].error = "killed by SIGKILL"
     assert goals.check(wanted[:1], rows, [])[0] == goals.Outcome(wanted[0], None, False, "killed by SIGKILL")
 
 
 def test_the_goals_file_is_readable_and_complete(tmp_path: Path) -> None:
     read = goals.read()
-    assert {g.model for g in read} == {"resnet20", "magika", "mnist12", "minilm", "pylm", "light_resnet50"}
+    assert {g.model for g in read} == {
+        "decoder", "light_resnet50", "magika", "minilm", "mnist12", "pylm", "recurrent", "resnet20", "silero_vad",
+        "stories260k", "superres", "ultraface"}
     assert set(goals.of_memory(read)) == {"minilm", "pylm", "magika"}
     assert all(math.isfinite(g.least) != math.isfinite(g.most) for g in read)
     (tmp_path / "g.yaml").write_text("- {model: m, figure: beauty, most: 1, goal: x}")
