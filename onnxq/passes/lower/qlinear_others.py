@@ -31,7 +31,7 @@ class LowerJoining(Pass):
             return False
         if verdict.lowering == GIVEN:
             return False
-        read = [pattern.read(graph, node.inputs[k]) for k in verdict.int_inputs]
+        read = [pattern.read(graph, t) for t in node.inputs]
         codes = [c for c in read if c is not None and pattern.activation(c)]
         found = pattern.stored(graph, node.outputs[0], context.absorbed)
         if len(codes) < len(read) or found is None or not pattern.activation(found.codes):

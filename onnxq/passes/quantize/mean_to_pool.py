@@ -36,7 +36,8 @@ class MeanToPool(Pass):
         keeps = bool(node.attrs.get("keepdims", 1))
         node.op = "GlobalAveragePool"
         node.attrs.clear()
-        del node.inputs[1:]
+        while len(node.inputs) > 1:  # the axes
+            del node.inputs[-1]
         if not keeps:
             pooled = [*dims[:2], *[1] * (len(dims) - 2)]
             node.outputs[0].shape = pooled
