@@ -12,6 +12,7 @@ from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
+from onnxq.planner.left import lower_left
 from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import verdicts
 from onnxq.planner.storing import store
@@ -39,11 +40,24 @@ class Outline:
     same_as: dict[str, str] = field(default_factory=dict)
     concats: dict[str, list[str]] = field(default_factory=dict)
 
+    def want(self, graph: Graph, tensor: Tensor) -> None:
+        """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
+        if tensor.name in self.same_as or tensor.name in self.known or tensor.name in self.ranges_of:
+            return
+        if is_constant(tensor):
+            values = graph.read(tensor)
+            self.known[tensor.name] = float(values.min()), float(values.max())
+        else:
+            self.ranges_of.append(tensor.name)
+
 
 def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
     """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers)."""
     outliner = _Outliner(graph, recipe, target)
     found = outliner.run()
+    if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
+        for tensor in lower_left(graph, found.nodes, outliner.kept, recipe.scheme, target):
+            found.want(graph, tensor)
     if not recipe.scheme.is_float:
         lower_lstms(graph, found.nodes, outliner.kept, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
@@ -115,9 +129,12 @@ class _Outliner:
         return "its weights are stored as int8 already" if stored else None
 
     def _too_small(self, node: Node) -> str | None:
-        if node.op == "Conv":
-            return None
         dims = shape_of(node.inputs[1]) or ()
+        if node.op == "Conv":
+            least, channels = self.target.least_channels_3d, int(dims[1] or 0)
+            if len(dims) < 5 or channels >= least:
+                return None
+            return f"a 3-D Conv whose filters read {channels} channels, below {least}, is faster in float"
         for letter, size in zip("KN", dims, strict=False):
             if int(size or 0) < self.target.small:
                 return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
@@ -147,7 +164,7 @@ class _Outliner:
         lowering = self.target.lowerings[(node.op, "int" if as_int else "float")]
         data, made = data_inputs(node), [t.name for t in results(self.graph, node, link)]
         for tensor in data:
-            self._want(found, tensor)
+            found.want(self.graph, tensor)
         if as_int:
             self._made_as_codes(found, node, data, made)
         found.nodes[node.name] = NodePlan(
@@ -194,16 +211,6 @@ class _Outliner:
                 found.nodes[node.name] = self._float_verdict(node)
         self._bodies(found)
         return found
-
-    def _want(self, found: Outline, tensor: Tensor) -> None:
-        """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
-        if tensor.name in found.same_as or tensor.name in found.known or tensor.name in found.ranges_of:
-            return
-        if is_constant(tensor):
-            values = self.graph.read(tensor)
-            found.known[tensor.name] = float(values.min()), float(values.max())
-        else:
-            found.ranges_of.append(tensor.name)
 
     def _float_verdict(self, node: Node) -> NodePlan:
         if node.name in self.given:

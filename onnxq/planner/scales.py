@@ -90,11 +90,12 @@ def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]
 
 
 def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe) -> None:
-    weight, spec = node.inputs[1], recipe.scheme.weights
+    index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
+    weight, spec = node.inputs[index], recipe.scheme.weights
     assert spec is not None
     if weight.name not in plan.weights:
         values = _finite(graph, weight, node)
-        axis = (0 if node.op == "Conv" else values.ndim - 1) if spec.granularity == "channel" else None
+        axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
         plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
