@@ -26,6 +26,11 @@ FLOAT = "float"
 STORED = "stored"  # scheme and lowering of nodes that compute in float on weights kept as int8
 STATIC, TENSOR, TOKEN = "static", "tensor", "token"  # when and for what an activation's scale is found
 GIVEN = "given"  # quantized by whoever made the model
+# operators that hand codes on as they are, at the scale that they came with
+MOVES_CODES = frozenset({
+    "Clip", "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice",
+    "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze",
+})
 _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 
 
@@ -35,11 +40,11 @@ class NodePlan:
 
     `scheme` is a scheme's name, `float`, `stored` or `given`; `lowering` the kernel that shall run it, or `float`.
     `int_inputs` are the input positions read as codes, `int_output` tells whether the result is stored as codes.
-    `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `weight` the quantized
-    weight; `stored` the weights that are kept as codes and decoded, or those of an LSTM, which has two; `activation`
-    when the scale of what is read is known: `static`, or at run time per `tensor` or per `token` (row); `bias_add` the
-    Add node whose constant becomes the bias; `part_of` the node whose kernel computes this one too (an absorbed Relu, a
-    bias Add).
+    `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `more_results` those
+    that a Split makes besides; `weight` names the quantized weight, `stored` the weights that are kept as codes and
+    decoded, or those of an LSTM, which has two; `activation` when the scale of what is read is known: `static`, or at
+    run time per `tensor` or per `token` (row); `bias_add` the Add node whose constant becomes the bias; `part_of` the
+    node whose kernel computes this one too (an absorbed Relu, a bias Add).
     """
 
     node: str
@@ -50,6 +55,7 @@ class NodePlan:
     int_inputs: tuple[int, ...] = ()
     int_output: bool = False
     result: str | None = None
+    more_results: tuple[str, ...] = ()
     weight: str | None = None
     stored: tuple[str, ...] = ()
     activation: str = STATIC
@@ -127,7 +133,7 @@ class Plan:
         plan = Plan(data["scheme"], data["target"])
         for item in data["nodes"]:
             plan.nodes[item["node"]] = NodePlan(**{
-                **item, "int_inputs": tuple(item["int_inputs"]), "stored": tuple(item["stored"])})
+                **item, **{k: tuple(item[k]) for k in ("int_inputs", "more_results", "stored")}})
         for kind, table in (("activations", plan.activations), ("weights", plan.weights)):
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],

@@ -22,7 +22,7 @@ from onnxq.numerics.budget import parse_drop
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
 from onnxq.passes.manager import Removals
-from onnxq.plan import FLOAT, STORED, NodePlan, Plan
+from onnxq.plan import FLOAT, MOVES_CODES, STORED, NodePlan, Plan
 from onnxq.progress import Progress, Silent
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Stage, Verdict
 from onnxq.report.wording import FOLDED
@@ -37,7 +37,6 @@ _QUIET = (("session.intra_op.allow_spinning", "0"),)
 _INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
 CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 _IN_FLOAT = (FLOAT, STORED)
-_MOVES_CODES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 # what the runtime fuses into a kernel in front of it
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 # right kernels differ by a rounding here and there, which a deep model amplifies, but not beyond what int8 itself costs
@@ -268,12 +267,12 @@ def removed_rows(removals: Removals) -> list[NodeRow]:
 def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None:
     if node.is_int and node.part_of is None:
         if kernel is None:
-            return None if node.op in _MOVES_CODES else f"{node.node}: planned as {node.lowering}, but no kernel ran it"
-        if node.op not in _MOVES_CODES and not is_integer(kernel.op):
+            return None if node.op in MOVES_CODES else f"{node.node}: planned as {node.lowering}, but no kernel ran it"
+        if node.op not in MOVES_CODES and not is_integer(kernel.op):
             return f"{node.node}: planned as {node.lowering}, but the runtime ran {kernel.op}"
         if kernel.provider not in ("", provider):
             return f"{node.node}: ran on {kernel.provider}, not on {provider}"
-    if node.scheme in _IN_FLOAT and node.op not in _MOVES_CODES and kernel is not None and is_integer(kernel.op):
+    if node.scheme in _IN_FLOAT and node.op not in MOVES_CODES and kernel is not None and is_integer(kernel.op):
         return f"{node.node}: planned {node.scheme}, but the runtime ran {kernel.op}"
     return None
 

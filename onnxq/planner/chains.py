@@ -84,7 +84,7 @@ def weighted(graph: Graph, node: Node) -> str | None:
         return "its weights came quantized, and what it reads or makes did not"
     if node.op == "MatMul" and (weight is None or not is_constant(weight)):
         if is_constant(node.inputs[0]):
-            return "its constant is on the left side, for which there is no int8 kernel here"
+            return "its constant is on the left side"
         return "both inputs are activations"
     if weight is None or not is_constant(weight):
         return "its weights are computed at run time"
@@ -102,7 +102,7 @@ def weighted(graph: Graph, node: Node) -> str | None:
         rank = shape_of(node.inputs[0])
         if rank is not None and len(rank) < 2:
             return "its activation has rank 1"
-    if node.op == "Conv" and len(dims) not in (3, 4):
+    if node.op == "Conv" and len(dims) not in (3, 4, 5):
         return f"a Conv of rank {len(dims)} has no int8 kernel here"
     if 0 in dims:
         return "its weight is empty"

@@ -1,28 +1,24 @@
 """Which nodes run in integers and which tensors are stored as codes, before any range is known.
 
-Nodes with weights (Conv, MatMul, Gemm) decide where int8 regions are. Others join where all they read can be codes and
-what they make is read by an int8 node again; so no region ends in an operator that gains nothing from codes.
+Nodes with weights (Conv, MatMul, Gemm) decide where int8 regions are; which others join them, `joining` says.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
-from onnxq.plan import FLOAT, GIVEN, NodePlan
+from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.chains import Chain, chain, weighted
+from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
+from onnxq.planner.left import lower_left
 from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import verdicts
 from onnxq.planner.storing import store
 from onnxq.recipe import Recipe, Scheme
 from onnxq.targets import Target
 
-WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
-SAME_SCALE = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-JOINING = SAME_SCALE | {"Add", "AveragePool", "Concat", "GlobalAveragePool"}
 NORMS = frozenset({
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LRN", "LayerNormalization",
     "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "SkipLayerNormalization",
@@ -31,18 +27,37 @@ NORMS = frozenset({
 
 @dataclass
 class Outline:
-    """Verdicts without scales. `ranges_of` are the tensors to calibrate; `same_as` maps a tensor to the one whose
-    scale it takes (data movement keeps codes as they are)."""
+    """Verdicts without scales.
+
+    `ranges_of` are the tensors to calibrate, `known` the ranges that need no data (of constants, of what lies between 0
+    and 1 by its operator); `same_as` maps a tensor to the one whose scale it takes (data movement keeps codes as they
+    are); `concats` maps the result of a Concat to what it joins.
+    """
 
     nodes: dict[str, NodePlan] = field(default_factory=dict)
     ranges_of: list[str] = field(default_factory=list)
+    known: dict[str, tuple[float, float]] = field(default_factory=dict)
     same_as: dict[str, str] = field(default_factory=dict)
+    concats: dict[str, list[str]] = field(default_factory=dict)
+
+    def want(self, graph: Graph, tensor: Tensor) -> None:
+        """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
+        if tensor.name in self.same_as or tensor.name in self.known or tensor.name in self.ranges_of:
+            return
+        if is_constant(tensor):
+            values = graph.read(tensor)
+            self.known[tensor.name] = float(values.min()), float(values.max())
+        else:
+            self.ranges_of.append(tensor.name)
 
 
 def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
     """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers)."""
     outliner = _Outliner(graph, recipe, target)
     found = outliner.run()
+    if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
+        for tensor in lower_left(graph, found.nodes, outliner.kept, recipe.scheme, target):
+            found.want(graph, tensor)
     if not recipe.scheme.is_float:
         lower_lstms(graph, found.nodes, outliner.kept, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
@@ -57,19 +72,15 @@ class _Outliner:
         self.barred = {*self.kept, *(n.name for _, body in graph.subgraphs() for n, _ in body.walk())}
         self.chains: dict[str, Chain] = {}
         self.reasons: dict[str, str] = {}
-        self.possible: set[str] = set()  # names of tensors that could be stored as codes
         self.int_nodes: dict[str, Node] = {}
         self.given: dict[str, NodePlan] = {}  # verdicts on what the model's maker quantized
+        self.regions = Regions(graph, target, self.int_nodes, self.chains, self.reasons, self.barred)
 
     def run(self) -> Outline:
-        if self.recipe.scheme.is_dynamic:
-            self._weighted_nodes()
-            return self._dynamic()
         self._weighted_nodes()
-        self._join()
-        self._leave()
-        while self._let_go():
-            self._leave()
+        if self.recipe.scheme.is_dynamic:
+            return self._dynamic()
+        self.regions.grow()
         return self._static()
 
     # -------------------------------------------------------------- who may
@@ -100,13 +111,14 @@ class _Outliner:
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:
             if node.op in WEIGHTED | JOINING | self.target.pairs_with_q and not node.domain:
-                found = given.between_pairs(self.graph, node, self._data_inputs(node), self.target)
+                found = given.between_pairs(self.graph, node, data_inputs(node), self.target)
                 self.given.update((plan.node, plan) for plan in found)
             reason = self._allowed(node)
             if reason is None and node.op in WEIGHTED:
                 link = chain(self.graph, node, self.barred)
                 reason = (self._stored(node) or weighted(self.graph, node) or self._too_small(node)
-                          or self._beside_given(node, link) or self._name_taken(node, link))
+                          or self._beside_given(node, link)
+                          or name_taken(self.graph, node, [link.result, *node.inputs[:2]]))
                 if reason is None:
                     self.int_nodes[node.name], self.chains[node.name] = node, link
             if reason is not None:
@@ -117,9 +129,12 @@ class _Outliner:
         return "its weights are stored as int8 already" if stored else None
 
     def _too_small(self, node: Node) -> str | None:
-        if node.op == "Conv":
-            return None
         dims = shape_of(node.inputs[1]) or ()
+        if node.op == "Conv":
+            least, channels = self.target.least_channels_3d, int(dims[1] or 0)
+            if len(dims) < 5 or channels >= least:
+                return None
+            return f"a 3-D Conv whose filters read {channels} channels, below {least}, is faster in float"
         for letter, size in zip("KN", dims, strict=False):
             if int(size or 0) < self.target.small:
                 return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
@@ -131,98 +146,7 @@ class _Outliner:
         beside = any(n is not None and n.op in ("DequantizeLinear", "QuantizeLinear") for n in around)
         return "beside it are codes that the model came with, which are not quantized twice" if beside else None
 
-    def _name_taken(self, node: Node, link: Chain) -> str | None:
-        """A model that was compiled once holds names such as `x.q`."""
-        tensors = [link.result, *(node.inputs[:2] if node.op in WEIGHTED else self._data_inputs(node))]
-        wanted = [f"{t.name}.{part}" for t in tensors for part in (
-            "q", "scale", "zero_point", "dq", "raw", "colsum", "row_low", "row_high", "row_scale")]
-        wanted += [f"{node.name}.{part}" for part in (
-            "bias", "bias.q", "bias.scale", "bias.dq", "sums", "floats", "factor", "scaled")]
-        taken = next((name for name in wanted if self.graph.has(name)), None)
-        return None if taken is None else f"the model has a tensor {taken!r} already, a name that its codes would take"
-
-    # -------------------------------------------------------------- regions
-
-    def _join(self) -> None:
-        """Forward: a node joins when all the data it reads could be codes."""
-        for node in self.graph.nodes:
-            if node.name in self.int_nodes:
-                self.possible.add(self.chains[node.name].result.name)
-                continue
-            if node.name in self.reasons or node.op not in JOINING:
-                continue
-            data = self._data_inputs(node)
-            # codes pass through data movement unchanged, so there is no rounding that could clamp
-            link = (Chain(node, None, None, node.outputs[0]) if node.op in SAME_SCALE else
-                    chain(self.graph, node, self.barred))
-            if not data or not all(t.name in self.possible for t in data):
-                reason: str | None = "not everything it reads comes from an int8 operator"
-            else:
-                reason = self._misfit(node) or self._name_taken(node, link)
-            if reason is not None:
-                self.reasons[node.name] = reason
-                continue
-            self.int_nodes[node.name], self.chains[node.name] = node, link
-            self.possible.add(link.result.name)
-
-    def _leave(self) -> None:
-        """Backward: what joined leaves again unless an int8 node reads its result."""
-        for node in reversed(self.graph.nodes):
-            if node.name not in self.int_nodes or node.op in WEIGHTED:
-                continue
-            result = self.chains[node.name].result
-            if not any(self._reads_codes(user, result) for user in self.graph.consumers(result)):
-                del self.int_nodes[node.name]
-                del self.chains[node.name]
-                self.reasons[node.name] = "its result is read by float operators only"
-
-    def _let_go(self) -> bool:
-        """Arithmetic beside a linear layer whose result is float after all is float, too; whether there was any."""
-        codes = {self.chains[n.name].result.name for n in self.int_nodes.values() if self._int_result(n)}
-        gone = [n for n in self.int_nodes.values() if n.op in JOINING - SAME_SCALE
-                and not all(t.name in codes for t in self._data_inputs(n))]
-        for node in gone:
-            del self.int_nodes[node.name]
-            del self.chains[node.name]
-            self.reasons[node.name] = "not everything it reads is made as int8"
-        return bool(gone)
-
-    def _reads_codes(self, user: Node, tensor: Tensor) -> bool:
-        return user.name in self.int_nodes and any(t is tensor for t in self._data_inputs(user))
-
-    def _data_inputs(self, node: Node) -> list[Tensor]:
-        """Inputs that carry activations (a Reshape's shape and a Conv's weight do not)."""
-        if node.op in ("Add", "Concat", "Mul"):
-            return list(node.inputs)
-        if node.op == "Where":
-            return [t for t in node.inputs[1:] if not is_constant(t)]
-        return list(node.inputs[:1])
-
-    def _misfit(self, node: Node) -> str | None:
-        """Why an integer kernel does not take this form of its operator; None when it does."""
-        if node.op == "MaxPool" and any(len(t.outputs) or self.graph.is_output(t) for t in node.outputs[1:]):
-            return "its indices are read, which the int8 kernel does not give"
-        if node.op == "AveragePool" and any(d != 1 for d in node.attrs.get("dilations", ())):
-            return "the int8 kernel knows no dilations"
-        if node.op == "AveragePool" and node.attrs.get("ceil_mode", 0) and node.attrs.get("count_include_pad", 0):
-            return "the int8 kernel counts other elements where a window hangs over the padding"
-        if not all(dtype_of(t) in (None, np.float32) for t in self._data_inputs(node)):
-            return "it does not work on float32"
-        return None
-
     # -------------------------------------------------------------- verdicts
-
-    def _int_result(self, node: Node) -> bool:
-        """Whether a node's result is stored as codes: always for Conv, for linears where only int8 nodes read it."""
-        if node.op not in ("MatMul", "Gemm"):
-            return True
-        link = self.chains[node.name]
-        if self.graph.is_output(link.result) or link.bias_add is not None:
-            return False  # the integer-output MatMul kernel has no bias
-        if node.op == "Gemm" and len(node.inputs) > 2 and ("Gemm", "int") not in self.target.lowerings:
-            return False
-        users = self.graph.consumers(link.result)
-        return bool(users) and all(self._reads_codes(u, link.result) for u in users)
 
     def _static(self) -> Outline:
         found = Outline()
@@ -236,20 +160,17 @@ class _Outliner:
 
     def _int_verdict(self, node: Node, found: Outline) -> None:
         link = self.chains[node.name]
-        as_int = self._int_result(node)
+        as_int = self.regions.int_result(node)
         lowering = self.target.lowerings[(node.op, "int" if as_int else "float")]
-        data = self._data_inputs(node)
+        data, made = data_inputs(node), [t.name for t in results(self.graph, node, link)]
         for tensor in data:
-            self._want(found, tensor)
+            found.want(self.graph, tensor)
         if as_int:
-            if node.op in SAME_SCALE:
-                found.same_as[link.result.name] = data[0].name
-            else:
-                self._want(found, link.result)
+            self._made_as_codes(found, node, data, made)
         found.nodes[node.name] = NodePlan(
             node.name, node.op, self.recipe.scheme.name, lowering, _why(node, as_int),
             int_inputs=tuple(range(len(data))), int_output=as_int,
-            result=(link.result if as_int else link.unclamped).name,
+            result=made[0] if as_int else link.unclamped.name, more_results=tuple(made[1:]),
             weight=node.inputs[1].name if node.op in WEIGHTED else None,
             bias_add=link.bias_add.name if link.bias_add is not None else None)
         absorbed = [link.bias_add, link.clamp if as_int else None]
@@ -258,6 +179,17 @@ class _Outliner:
                 found.nodes[member.name] = NodePlan(
                     member.name, member.op, self.recipe.scheme.name, lowering,
                     f"computed by the kernel of {node.name}", part_of=node.name)
+
+    @staticmethod
+    def _made_as_codes(found: Outline, node: Node, data: list[Tensor], made: list[str]) -> None:
+        if node.op in MOVES_CODES:
+            found.same_as.update(dict.fromkeys(made, data[0].name))
+        elif node.op in RANGES:
+            found.known[made[0]] = RANGES[node.op]
+        else:
+            found.ranges_of.append(made[0])
+        if node.op == "Concat":
+            found.concats[made[0]] = [t.name for t in data]
 
     def _dynamic(self) -> Outline:
         found = Outline()
@@ -280,18 +212,11 @@ class _Outliner:
         self._bodies(found)
         return found
 
-    def _want(self, found: Outline, tensor: Tensor) -> None:
-        """Note that a tensor needs a range of its own, unless its scale is another's."""
-        if tensor.name not in found.same_as and tensor.name not in found.ranges_of:
-            found.ranges_of.append(tensor.name)
-
     def _float_verdict(self, node: Node) -> NodePlan:
         if node.name in self.given:
             return self.given[node.name]
         quantized = given.is_quantized(self.graph, node)
-        reason = self.reasons.get(node.name) or (
-            "no int8 kernel in front of it can absorb it" if node.op in ("Clip", "Relu") else
-            "its neighbours are float")
+        reason = self.reasons.get(node.name, "its neighbours are float")
         return NodePlan(node.name, node.op, GIVEN if quantized else FLOAT,
                         GIVEN if quantized else FLOAT, reason)
 

@@ -15,8 +15,10 @@ from onnxq.numerics.dtypes import by_name
 from onnxq.plan import NodePlan, Plan
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
-from onnxq.recipe import Recipe
+from onnxq.recipe import Recipe, TensorSpec
 from onnxq.targets import Target
+
+COARSER = 2.0  # one bit of what is joined
 
 
 def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float]], recipe: Recipe,
@@ -28,20 +30,44 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
     plan = Plan(recipe.scheme.name, target.name, dict(found.nodes))
     spec = recipe.scheme.activations
     if spec is not None and not spec.dynamic:
-        dtype = by_name(spec.dtype)
-        for name in found.ranges_of:
-            low, high = ranges[name]
-            if low == high == 0.0:
-                high = 1.0  # nothing was seen; a scale of 1 would make the biases behind it coarse
-            plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
-        for name, source in found.same_as.items():  # sources come first: nodes are in execution order
-            plan.activations[name] = plan.activations[source]
+        _activations(found, ranges, plan, spec)
     nodes = {n.name: n for n in graph.nodes}
     for verdict in plan.quantized():
         if verdict.weight is not None:
             _weight(nodes[verdict.node], verdict, graph, plan, recipe)
     stored_weights(graph, plan, recipe)
     return plan
+
+
+def _activations(found: Outline, ranges: Mapping[str, tuple[float, float]], plan: Plan, spec: TensorSpec) -> None:
+    dtype = by_name(spec.dtype)
+    for name in found.ranges_of:
+        low, high = ranges[name]
+        if low == high == 0.0:
+            high = 1.0  # nothing was seen; a scale of 1 would make the biases behind it coarse
+        plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
+    _share_in_concats(found, plan)
+    for name, (low, high) in found.known.items():
+        plan.activations[name] = affine.choose(low, high, dtype)
+    for name, source in found.same_as.items():  # sources come first: nodes are in execution order
+        plan.activations[name] = plan.activations[source]
+
+
+def _share_in_concats(found: Outline, plan: Plan) -> None:
+    """Give what a Concat joins the scale of its result, where that is at most COARSER times its own.
+
+    The kernel then copies codes; it looks each code up in a table otherwise, which takes longer than a float Concat.
+    """
+    own = dict(plan.activations)
+    taken: set[str] = set()
+    for result, joined in reversed(found.concats.items()):
+        for name in joined:
+            while name in found.same_as:
+                name = found.same_as[name]
+            if name in taken or name not in own or plan.activations[result].scale > COARSER * own[name].scale:
+                continue
+            plan.activations[name] = plan.activations[result]
+            taken.add(name)
 
 
 def stored_weights(graph: Graph, plan: Plan, recipe: Recipe) -> None:
@@ -64,11 +90,12 @@ def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]
 
 
 def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe) -> None:
-    weight, spec = node.inputs[1], recipe.scheme.weights
+    index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
+    weight, spec = node.inputs[index], recipe.scheme.weights
     assert spec is not None
     if weight.name not in plan.weights:
         values = _finite(graph, weight, node)
-        axis = (0 if node.op == "Conv" else values.ndim - 1) if spec.granularity == "channel" else None
+        axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
         plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():

@@ -10,9 +10,12 @@ class Target:
     """Facts that the planner obeys.
 
     `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers, and
-    (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row;
+    (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row, and
+    ("MatMul", "left") to the one for a constant on the left side;
+    `least_channels_3d` is the least number of channels that a filter of a 3-D Conv reads for int8 to be faster;
     `least_hidden` is the least hidden size of an LSTM for which int8 gains more than quantizing each step costs;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
+    `small_left` is the least M and K of a MatMul whose stored matrix [M, K] is on the left side;
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
     `slow_fusions` names fusions of the runtime that are slower than what they replace;
     `half` tells whether it computes in float16 and bfloat16: where not, such models are computed in float32;
@@ -23,8 +26,10 @@ class Target:
     provider: str
     format: str
     lowerings: dict[tuple[str, str], str] = field(default_factory=dict)
+    least_channels_3d: int = 1
     least_hidden: int = 1
     small: int = 1
+    small_left: int = 1
     pairs_with_q: frozenset[str] = frozenset()
     slow_fusions: frozenset[str] = frozenset()
     half: bool = False

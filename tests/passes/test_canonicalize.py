@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from onnxq.graph import Graph, is_constant, save, shape_of
 from onnxq.passes.canonicalize import canonicalize
-from onnxq.passes.canonicalize.add_to_conv_bias import AddToConvBias
+from onnxq.passes.canonicalize.affine_to_conv import AffineToConv
 from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.canonicalize.fold_constants import FoldConstants
 from onnxq.passes.canonicalize.normal_gemm import NormalGemm
@@ -481,7 +481,7 @@ def test_random_chains_of_conv_and_batchnorm(fires: Try, seed: int) -> None:
     assert ops(graph).count("BatchNormalization") == len(skips) == blocked
 
 
-# ------------------------------------------------------------------ add-to-conv-bias
+# ------------------------------------------------------------------ affine-to-conv
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1, 1), (1,), (1, 1, 1), ()])
@@ -491,7 +491,7 @@ def test_an_add_becomes_the_bias(fires: Try, shape: tuple[int, ...], bias: str, 
     model = make_model([node("Conv", "x w" + bias, "c"), node("Add", order, "y")], {"x": [2, 4, 6, 6]},
                        {"y": [2, 8, 4, 4]}, {"w": random(8, 4, 3, 3), "a": random(*shape, seed=3),
                                              **({"k": random(8)} if "k" in bias else {})})
-    graph, skips = fires(model, AddToConvBias(), IMAGE)
+    graph, skips = fires(model, AffineToConv(), IMAGE)
     assert (ops(graph), skips) == (["Conv"], [])
     assert shape_of(graph.nodes[0].inputs[2]) == (8,)
 
@@ -500,14 +500,14 @@ def test_two_adds_become_one_bias(fires: Try) -> None:
     model = make_model([node("Conv", "x w", "c"), node("Add", "c a1", "d"), node("Add", "a2 d", "y")],
                        {"x": [2, 4, 6, 6]}, {"y": [2, 8, 4, 4]},
                        {"w": random(8, 4, 3, 3), "a1": random(8, 1, 1), "a2": random(1, 8, 1, 1, seed=4)})
-    graph, _ = fires(model, AddToConvBias(), IMAGE)
+    graph, _ = fires(model, AffineToConv(), IMAGE)
     assert ops(graph) == ["Conv"]
 
 
 def test_an_add_behind_a_conv_over_one_dimension(fires: Try) -> None:
     model = make_model([node("Conv", "x w", "c"), node("Add", "c a", "y")], {"x": [2, 4, 6]}, {"y": [2, 8, 4]},
                        {"w": random(8, 4, 3), "a": random(8, 1)})
-    fires(model, AddToConvBias(), {"x": random(2, 4, 6)})
+    fires(model, AffineToConv(), {"x": random(2, 4, 6)})
 
 
 @pytest.mark.parametrize("own", ["", " k"])
@@ -517,7 +517,7 @@ def test_the_bias_of_a_double_conv_is_double(opened: Opener, own: str) -> None:
                        {"x": (TensorProto.DOUBLE, [2, 4, 6])}, {"y": (TensorProto.DOUBLE, [2, 8, 4])},
                        {n: random(*s).astype(np.float64) for n, s in {"w": (8, 4, 3), "a": (8, 1), "k": (8,)}.items()})
     graph = opened(model)
-    assert apply(AddToConvBias(), graph) == (True, [])
+    assert apply(AffineToConv(), graph) == (True, [])
     bias = graph.read(graph.nodes[0].inputs[2])
     wanted = random(8, 1).astype(np.float64).reshape(-1) + (random(8).astype(np.float64) if own else 0)
     np.testing.assert_array_equal(bias, wanted, strict=True)
@@ -539,28 +539,28 @@ def test_adds_that_are_no_bias(leaves: Try, case: str) -> None:
     ports: dict[str, Any] = {"x": [2, 4, 6, 6], **({} if stored else {"a": [8, 1, 1]})}
     model = make_model([node("Conv", "x w", "c"), node("Add", "c a", "y")], ports, {"y": FREE},
                        {"w": random(8, 4, 3, 3), **stored})
-    _, skips = leaves(model, AddToConvBias(), {**IMAGE, **({} if stored else {"a": random(8, 1, 1)})})
+    _, skips = leaves(model, AffineToConv(), {**IMAGE, **({} if stored else {"a": random(8, 1, 1)})})
     assert skips == ([skip] if skip else [])
 
 
 def test_an_add_that_raises_the_rank_is_no_bias(leaves: Try) -> None:
     model = make_model([node("Conv", "x w", "c"), node("Add", "c a", "y")], {"x": [2, 4, 6, 6]}, {"y": [1, 2, 8, 4, 4]},
                        {"w": random(8, 4, 3, 3), "a": random(1, 1, 8, 1, 1)})
-    _, skips = leaves(model, AddToConvBias(), IMAGE)
+    _, skips = leaves(model, AffineToConv(), IMAGE)
     assert skips == [("Add_y", NOT_A_BIAS)]
 
 
 def test_adds_behind_a_conv_that_others_read(leaves: Try) -> None:
     model = make_model([node("Conv", "x w", "c"), node("Add", "c a", "y")], {"x": [2, 4, 6, 6]},
                        {"y": FREE, "c": FREE}, {"w": random(8, 4, 3, 3), "a": random(8, 1, 1)})
-    _, skips = leaves(model, AddToConvBias(), IMAGE)
+    _, skips = leaves(model, AffineToConv(), IMAGE)
     assert skips == [("Add_y", "the result of Conv_c is read elsewhere too")]
 
 
 def test_adds_behind_a_conv_with_a_computed_bias(leaves: Try) -> None:
     model = make_model([node("Conv", "x w k", "c"), node("Add", "c a", "y")], {"x": [2, 4, 6, 6], "k": [8]},
                        {"y": FREE}, {"w": random(8, 4, 3, 3), "a": random(8, 1, 1)})
-    _, skips = leaves(model, AddToConvBias(), {**IMAGE, "k": random(8)})
+    _, skips = leaves(model, AffineToConv(), {**IMAGE, "k": random(8)})
     assert skips == [("Add_y", "the Conv's own bias is computed")]
 
 

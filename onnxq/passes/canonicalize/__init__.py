@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from onnxq.passes.canonicalize.add_to_conv_bias import AddToConvBias
+from onnxq.passes.canonicalize.affine_to_conv import AffineToConv
 from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.canonicalize.fold_constants import FoldConstants
+from onnxq.passes.canonicalize.hard_swish import HardSwish
 from onnxq.passes.canonicalize.normal_gemm import NormalGemm
+from onnxq.passes.canonicalize.prelu_to_leaky import PReluToLeaky
 from onnxq.passes.canonicalize.remove_identity import RemoveIdentity
 from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
 from onnxq.passes.canonicalize.sum_to_add import SumToAdd
@@ -15,5 +17,5 @@ from onnxq.passes.manager import Pass
 
 def canonicalize() -> list[Pass]:
     """The passes in the order that needs one round."""
-    return [WidenHalf(), RemoveIdentity(), FoldConstants(), FoldBatchNorm(), AddToConvBias(), SumToAdd(), NormalGemm(),
-            ShareDuplicates()]
+    return [WidenHalf(), RemoveIdentity(), FoldConstants(), HardSwish(), FoldBatchNorm(), AffineToConv(), SumToAdd(),
+            NormalGemm(), PReluToLeaky(), ShareDuplicates()]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxq.graph import Graph, Node, Tensor, is_constant
-from onnxq.passes.lower.pattern import DEQUANTIZE, QUANTIZE
+from onnxq.passes import pattern
 from onnxq.passes.manager import Context, Pass
+from onnxq.passes.pattern import DEQUANTIZE, QUANTIZE
 from onnxq.plan import FLOAT, STORED
 
 # data movement that the runtime moves Q and DQ across
@@ -21,7 +22,7 @@ class FenceFloat(Pass):
     The runtime rewrites DQ -> op -> Q to an integer kernel whatever the Plan says, and even quantizes a Conv's float
     weights; MatMul and Gemm of two DQ it rewrites without a Q, too. Before that it moves Q and DQ through data movement
     (its QDQPropagation). A Sum of one tensor is the identity, no rewrite of the runtime matches it, and it costs one
-    copy.
+    copy. A Resize it rewrites only where DQ and Q have the same scale and zero point.
     """
 
     name: ClassVar[str] = "fence-float"
@@ -34,7 +35,7 @@ class FenceFloat(Pass):
         if target is None or node.op not in target.pairs_with_q or node.domain:
             return False
         data = [k for k, t in enumerate(node.inputs) if t.name and not self._is_weight(graph, t)]
-        data = [k for k in data if (node.op, k) != ("Where", 0)]
+        data = [k for k in data if (node.op, k) != ("Where", 0) and (node.op != "Resize" or k == 0)]
         if not data or not all(self._from_dq(graph, node.inputs[k]) for k in data):
             return False
         last = self._before_q(graph, node)
@@ -47,6 +48,8 @@ class FenceFloat(Pass):
             graph.replace_input(node, data[0], fenced)
             return True
         assert last is not None
+        if node.op == "Resize" and self._rescales(graph, node):
+            return False
         result = last.outputs[0]
         before = graph.like(result, f"{result.name}.unfenced", "float32")
         graph.set_output(last, 0, before)
@@ -66,6 +69,14 @@ class FenceFloat(Pass):
         while maker is not None and maker.op in _CROSSED:
             maker = graph.producer(maker.inputs[0])
         return maker is not None and maker.op == DEQUANTIZE
+
+    @staticmethod
+    def _rescales(graph: Graph, node: Node) -> bool:
+        """Whether the DQ right before a node and the Q right behind it have other scales or zero points."""
+        read, made = pattern.read(graph, node.inputs[0]), pattern.stored(graph, node.outputs[0], frozenset())
+        if read is None or made is None or not pattern.per_tensor(read) or not pattern.per_tensor(made.codes):
+            return False
+        return not pattern.same_scale(graph, read, made.codes)
 
     def _before_q(self, graph: Graph, node: Node) -> Node | None:
         """The last node before Q: the node itself, or what the runtime would absorb (a bias Add, a Relu or Clip)."""

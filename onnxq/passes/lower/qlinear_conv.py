@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxq.graph import Graph, Node, Tensor
-from onnxq.passes.lower import pattern
+from onnxq.passes import pattern
 from onnxq.passes.manager import Context, Pass
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.graph import CONTRIB, Graph, Node, Tensor, is_constant
-from onnxq.passes.lower import pattern
-from onnxq.passes.lower.pattern import Codes, Stored
+from onnxq.passes import pattern
 from onnxq.passes.manager import Context, Pass
+from onnxq.passes.pattern import Codes, Stored
 from onnxq.plan import STATIC
 
 

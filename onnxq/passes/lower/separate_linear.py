@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxq.graph import Graph, Node
-from onnxq.passes.lower.pattern import DEQUANTIZE
 from onnxq.passes.manager import Context, Pass
+from onnxq.passes.pattern import DEQUANTIZE
 
 
 @dataclass(frozen=True)

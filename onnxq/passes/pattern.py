@@ -1,4 +1,4 @@
-"""What lowering passes look for: codes in front of a node, codes behind it."""
+"""What passes look for around a node: codes in front of a node, codes behind it."""
 
 from __future__ import annotations
 
