@@ -57,16 +57,22 @@ def _share_in_concats(found: Outline, plan: Plan) -> None:
     """Give what a Concat joins the scale of its result, where that is at most COARSER times its own.
 
     The kernel then copies codes; it looks each code up in a table otherwise, which takes longer than a float Concat.
+    Where saturation is the Relu of what is joined, code 0 has to stay its 0; a Clip needs its other end, too.
     """
     own = dict(plan.activations)
+    clamped = {plan.nodes[v.part_of].result: v.op for v in plan.nodes.values()
+               if v.part_of is not None and v.op in ("Clip", "Relu")}
     taken: set[str] = set()
     for result, joined in reversed(found.concats.items()):
         for name in joined:
             while name in found.same_as:
                 name = found.same_as[name]
-            if name in taken or name not in own or plan.activations[result].scale > COARSER * own[name].scale:
+            wider = plan.activations[result]
+            if name in taken or name not in own or wider.scale > COARSER * own[name].scale:
                 continue
-            plan.activations[name] = plan.activations[result]
+            if clamped.get(name) == "Clip" or (name in clamped and wider.zero_point != own[name].zero_point):
+                continue
+            plan.activations[name] = wider
             taken.add(name)
 
 
