@@ -101,8 +101,9 @@ def targets() -> str:
         about = inspect.getdoc(importlib.import_module(f"onnxq.targets.{name.replace('-', '_')}")) or ""
         half = "computed as they are" if target.half else "computed in float32"
         parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and "
-                  f"N of {target.small} on, LSTMs from a hidden size of {target.least_hidden} on; float16 and bfloat16 "
-                  f"models are {half}.", "\n".join(rows)]
+                  f"N of {target.small} on (M and K of {target.small_left} where the constant is on the left), 3-D "
+                  f"Convs from {target.least_channels_3d} channels on, LSTMs from a hidden size of "
+                  f"{target.least_hidden} on; float16 and bfloat16 models are {half}.", "\n".join(rows)]
     return "\n\n".join(parts)
 
 

@@ -55,12 +55,12 @@ class NodePlan:
     int_inputs: tuple[int, ...] = ()
     int_output: bool = False
     result: str | None = None
-    more_results: tuple[str, ...] = ()
     weight: str | None = None
     stored: tuple[str, ...] = ()
     activation: str = STATIC
     bias_add: str | None = None
     part_of: str | None = None
+    more_results: tuple[str, ...] = ()
 
     @property
     def is_int(self) -> bool:

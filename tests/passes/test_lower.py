@@ -253,12 +253,13 @@ def test_what_is_stored_between_codes_runs_in_float(case: str, fmt: str, tmp_pat
 
 def test_the_fence_is_what_keeps_it_float(tmp_path: Path) -> None:
     """Without the pass the runtime does quantize these: the tests above can fail."""
-    made = make(between([node("Sigmoid", "a", "j", name="keep")]), tmp_path, [FEED], "qdq")
+    made = make(between([node("Sigmoid", "a", "j", name="keep")]), tmp_path, [FEED], "qdq", keep=["keep"])
     assert "keep/fence" in [n.name for n in onnx.load(made.compiled).graph.node]
     assert "com.microsoft.QLinearSigmoid" in [e.op for e in executed(made.twin, [FEED], ONE_THREAD, read_nodes)]
 
 
 def test_no_fence_where_a_float_node_meets_float(tmp_path: Path) -> None:
     made = make(between([node("Sigmoid", "a", "s", name="keep"), node("Neg", "s", "j")]), tmp_path, [FEED])
+    assert described(made.plan.nodes["keep"]) == "float: its result is read by float operators only"
     assert made.stored().count("Sum") == 0
     assert FenceFloat().run(load(made.compiled), Context(CPU, made.plan)) is False
