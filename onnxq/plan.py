@@ -29,7 +29,7 @@ GIVEN = "given"  # quantized by whoever made the model
 # operators that hand codes on as they are, at the scale that they came with
 MOVES_CODES = frozenset({
     "Clip", "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice",
-    "SpaceToDepth", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
 _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 

@@ -30,7 +30,7 @@ _CLAMPS = frozenset({"Clip", "Relu"})
 # behind a linear layer they are as fast in float: its kernel decodes on the way out
 _BEHIND_CONV = frozenset({"HardSigmoid", "LeakyRelu", "Mul", "Sigmoid"})
 # computed in float, but worth a Q of its own where one reads codes and an int8 node reads its result
-_FLANKED = frozenset({"ConvTranspose", "Resize"})
+_FLANKED = frozenset({"ConvTranspose", "Resize", "SpaceToDepth"})
 _LARGEST_FACTOR_ERROR = 0.01  # relative; of a Mul by constants that share one scale
 
 NOT_INT8 = "not everything it reads comes from an int8 operator"

@@ -243,6 +243,10 @@ def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
         return "control flow is float"
     if node.op == "Gather":
         return "a look-up, which copies floats"
+    if node.op == "PRelu" and not scheme.is_dynamic:
+        return "a slope per channel has no int8 kernel"
+    if node.op == "SpaceToDepth" and not scheme.is_dynamic:
+        return "its kernel takes codes from a later onnxruntime than 1.25 on"
     if scheme.is_dynamic:
         return f"scheme {scheme.name} quantizes {', '.join(scheme.operators)} only"
     return f"no int8 kernel for {node.op} on {target}"

@@ -45,7 +45,6 @@ CPU = Target(
         ("Reshape", "int"): "Reshape",
         ("Resize", "int"): "Resize",
         ("Slice", "int"): "Slice",
-        ("SpaceToDepth", "int"): "SpaceToDepth",
         ("Split", "int"): "Split",
         ("Squeeze", "int"): "Squeeze",
         ("Transpose", "int"): "Transpose",

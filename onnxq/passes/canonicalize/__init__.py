@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxq.passes.canonicalize.affine_to_conv import AffineToConv
+from onnxq.passes.canonicalize.all_axes import AllAxes
 from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
 from onnxq.passes.canonicalize.fold_constants import FoldConstants
 from onnxq.passes.canonicalize.hard_swish import HardSwish
@@ -18,4 +19,4 @@ from onnxq.passes.manager import Pass
 def canonicalize() -> list[Pass]:
     """The passes in the order that needs one round."""
     return [WidenHalf(), RemoveIdentity(), FoldConstants(), HardSwish(), FoldBatchNorm(), AffineToConv(), SumToAdd(),
-            NormalGemm(), PReluToLeaky(), ShareDuplicates()]
+            NormalGemm(), PReluToLeaky(), AllAxes(), ShareDuplicates()]
