@@ -137,6 +137,51 @@ def apply(step: Pass, graph: Graph, context: Context | None = None) -> tuple[boo
     return edited, [(s.node, s.reason) for s in context.skips]
 
 
+# ------------------------------------------------------------------ trying a pass
+
+Skips = list[tuple[str, str]]
+Try = Callable[..., tuple[Graph, Skips]]
+TOLERANCE = 1e-5  # of the largest output: float32 sums in another order
+
+
+@pytest.fixture
+def fires(opened: Opener, tmp_path: Path) -> Try:
+    """Runs a pass that has to edit, checks its outputs against the model's, and that a second run edits nothing."""
+    return _trier(opened, tmp_path, True)
+
+
+@pytest.fixture
+def leaves(opened: Opener, tmp_path: Path) -> Try:
+    """Runs a pass that must leave the graph as it is."""
+    return _trier(opened, tmp_path, False)
+
+
+def _trier(opened: Opener, folder: Path, wanted: bool) -> Try:
+    def attempt(model: onnx.ModelProto, step: Pass, feed: Mapping[str, Any]) -> tuple[Graph, Skips]:
+        graph = opened(model)
+        before = text(graph)
+        edited, skips = apply(step, graph)
+        after = text(graph)
+        assert edited is wanted, after
+        assert (after != before) is wanted, "what a pass returns is whether it edited"
+        expected = run(model, feed)
+        for twin, name in ((graph, "out.onnx"), (graph.copy(), "twin.onnx")):
+            path = folder / name
+            save_checked(twin, path)
+            assert_same(run(path, feed), expected, TOLERANCE if wanted else 0)
+        assert apply(step, graph)[0] is False, "a second run edits nothing"
+        assert text(graph) == after
+        return graph, skips
+
+    return attempt
+
+
+def save_checked(graph: Graph, path: Path) -> None:
+    """Save a graph and check the file with onnx."""
+    save(graph, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
 # ------------------------------------------------------------------ golden texts
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Opener, apply, assert_same, body, make_model, node, random, run, text
+from conftest import TOLERANCE, Opener, Try, apply, assert_same, body, make_model, node, random, run, save_checked, text
 from onnx import TensorProto
 
-from onnxq.graph import Graph, is_constant, save, shape_of
+from onnxq.graph import Graph, is_constant, shape_of
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.canonicalize.affine_to_conv import AffineToConv
 from onnxq.passes.canonicalize.fold_batchnorm import FoldBatchNorm
@@ -21,49 +21,9 @@ from onnxq.passes.canonicalize.normal_gemm import NormalGemm
 from onnxq.passes.canonicalize.remove_identity import RemoveIdentity
 from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
 from onnxq.passes.canonicalize.sum_to_add import SumToAdd
-from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.passes.manager import Context, PassManager
 
 Golden = Callable[[str, str], None]
-Skips = list[tuple[str, str]]
-Try = Callable[..., tuple[Graph, Skips]]
-TOLERANCE = 1e-5  # of the largest output: float32 sums in another order
-
-
-@pytest.fixture
-def fires(opened: Opener, tmp_path: Path) -> Try:
-    """Runs a pass that has to edit, checks its outputs against the model's, and that a second run edits nothing."""
-    return _trier(opened, tmp_path, True)
-
-
-@pytest.fixture
-def leaves(opened: Opener, tmp_path: Path) -> Try:
-    """Runs a pass that must leave the graph as it is."""
-    return _trier(opened, tmp_path, False)
-
-
-def _trier(opened: Opener, folder: Path, wanted: bool) -> Try:
-    def attempt(model: onnx.ModelProto, step: Pass, feed: Mapping[str, Any]) -> tuple[Graph, Skips]:
-        graph = opened(model)
-        before = text(graph)
-        edited, skips = apply(step, graph)
-        after = text(graph)
-        assert edited is wanted, after
-        assert (after != before) is wanted, "what a pass returns is whether it edited"
-        expected = run(model, feed)
-        for twin, name in ((graph, "out.onnx"), (graph.copy(), "twin.onnx")):
-            path = folder / name
-            _save(twin, path)
-            assert_same(run(path, feed), expected, TOLERANCE if wanted else 0)
-        assert apply(step, graph)[0] is False, "a second run edits nothing"
-        assert text(graph) == after
-        return graph, skips
-
-    return attempt
-
-
-def _save(graph: Graph, path: Path) -> None:
-    save(graph, path)
-    onnx.checker.check_model(str(path), full_check=True)
 
 
 def ops(graph: Graph) -> list[str]:
@@ -755,7 +715,7 @@ def test_canonical_form(opened: Opener, tmp_path: Path, golden: Golden) -> None:
     context = Context()
     assert PassManager(canonicalize()).run(graph, context)
     golden("small_net_canonical", text(graph))
-    _save(graph, tmp_path / "out.onnx")
+    save_checked(graph, tmp_path / "out.onnx")
     assert_same(run(tmp_path / "out.onnx", IMAGE), run(model, IMAGE), TOLERANCE)
     assert_same(run(tmp_path / "out.onnx", IMAGE, optimize=True), run(model, IMAGE, optimize=True), TOLERANCE)
     assert context.skips == []

@@ -36,6 +36,8 @@ CONVS = {
     "depthwise, two filters each": ([1, 8, 8, 8], [16, 1, 3, 3], True, {"pads": [1, 1, 1, 1], "group": 8}),
     "grouped": ([1, 12, 6, 6], [6, 4, 3, 3], True, {"pads": [1, 1, 1, 1], "group": 3}),
     "1-D": ([2, 6, 20], [8, 6, 5], True, {"pads": [2, 2], "strides": [2]}),
+    "3-D": ([1, 24, 4, 5, 5], [8, 24, 3, 3, 3], True, {"pads": [1, 1, 1, 1, 1, 1], "strides": [2, 1, 1]}),
+    "3-D pointwise": ([2, 24, 3, 4, 4], [6, 24, 1, 1, 1], False, {}),
     "1-D depthwise": ([1, 8, 20], [8, 1, 5], False, {"pads": [2, 2], "group": 8}),
 }
 

@@ -263,3 +263,32 @@ def test_no_fence_where_a_float_node_meets_float(tmp_path: Path) -> None:
     assert described(made.plan.nodes["keep"]) == "float: its result is read by float operators only"
     assert made.stored().count("Sum") == 0
     assert FenceFloat().run(load(made.compiled), Context(CPU, made.plan)) is False
+
+
+LINEAR_RESIZE = node("Resize", "a _ two", "j", name="keep", mode="linear")
+TWO = {"two": np.array([1, 1, 2, 2], np.float32)}
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize(("ranges", "fenced"), [((-2.0, 2.0), True), ((-1.5, 2.0), False)])
+def test_a_float_resize_is_fenced_between_equal_scales(ranges: tuple[float, float], fenced: bool, fmt: str,
+                                                       tmp_path: Path) -> None:
+    """The runtime rewrites it to interpolate codes, which rounds down, where Q and DQ have the same parameters."""
+    made = make(between([LINEAR_RESIZE], extra=TWO), tmp_path, [FEED], fmt, ranges={
+        "x": (-3.0, 3.0), "a": (-2.0, 2.0), "j": ranges, "y": (-3.0, 3.0)})
+    assert ("keep/fence" in [n.name for n in onnx.load(made.compiled).graph.node]) is fenced
+    assert made.ran("Conv_a", "keep", "Conv_y") == ["QLinearConv", "Resize", "QLinearConv"]
+    assert made.ops().count("DequantizeLinear") == 2  # one in front of the Resize
+    deployed, plain = made.run(made.compiled)["y"], made.run(made.compiled, optimize=False)["y"]
+    np.testing.assert_allclose(deployed, plain, rtol=0, atol=1e-4)
+
+
+@BOTH_FORMATS
+@pytest.mark.parametrize("kind", ["Pad", "Resize"])
+def test_pad_and_resize_of_axes_run_between_convs(kind: str, fmt: str, tmp_path: Path) -> None:
+    """In the runtime's channels-last layout they fail in any form but that of all axes."""
+    item = node("Pad", "a pads _ axes", "j") if kind == "Pad" else node("Resize", "a _ scales", "j", axes=[2, 3])
+    extra = {"pads": np.array([1, 0, 0, 1]), "axes": np.array([2, 3])} if kind == "Pad" else {
+        "scales": np.array([2, 2], np.float32)}
+    made = make(between([item], extra=extra, opset=18), tmp_path, [FEED], fmt)
+    close(made)

@@ -53,6 +53,53 @@ def test_uint8_scales_of_a_range(low: float, high: float, scale: float, zero_poi
     assert affine.dequantize(zero, params)[0] == 0.0
 
 
+CONCAT = {"w0": random(8, 8, 1, 1), "w1": random(8, 8, 1, 1, seed=1), "w2": random(8, 16, 1, 1)}
+
+
+@pytest.mark.parametrize(("behind", "ranges", "shared"), [
+    ("", {"a": (-1.0, 1.0), "b": (-2.0, 2.0), "c": (-2.0, 2.0)}, "ab"),
+    ("", {"a": (-0.9, 0.9), "b": (-2.0, 2.0), "c": (-2.0, 2.0)}, "b"),  # it would lose more than a bit
+    ("Relu", {"a": (0.0, 2.0), "b": (-2.0, 2.0), "c": (-2.0, 2.0)}, "b"),  # its code 0 is its Relu
+    ("Relu", {"a": (0.0, 2.0), "b": (0.0, 3.0), "c": (0.0, 3.0)}, "ab"),
+    ("Clip", {"a": (0.0, 2.0), "b": (0.0, 3.0), "c": (0.0, 3.0)}, "b"),  # its code 255 is its upper bound
+])
+def test_what_a_concat_joins_takes_the_scale_of_its_result(
+        behind: str, ranges: dict[str, tuple[float, float]], shared: str, opened: Opener) -> None:
+    """Its kernel copies codes then. MaxPool moves codes of a, so that they change with those of a."""
+    nodes = [node("Conv", "x w0", "raw" if behind else "a"), node("Conv", "x w1", "b"),
+             node("MaxPool", "a", "p", kernel_shape=[1, 1]), node("Concat", "p b", "c", axis=1),
+             node("Conv", "c w2", "y")]
+    if behind:
+        nodes.insert(1, node(behind, "raw" if behind == "Relu" else "raw zero two", "a"))
+    model = make_model(nodes, {"x": [1, 8, 4, 4]}, {"y": None},
+                       {**CONCAT, **({"zero": np.float32(0), "two": np.float32(2)} if behind == "Clip" else {})})
+    scales = finished(model, opened, {"x": (-1.0, 1.0), "y": (-1.0, 1.0), **ranges}).activations
+    for name in "ab":
+        wanted = ranges["c"] if name in shared else ranges[name]
+        assert scales[name].scale == pytest.approx((wanted[1] - wanted[0]) / 255)
+        assert (scales[name].zero_point == scales["c"].zero_point) or name not in shared
+    assert scales["p"] == scales["a"]
+
+
+def test_concats_in_a_row_share_one_scale(opened: Opener) -> None:
+    """As in DenseNet: the last one's, as far as a bit of each tensor goes."""
+    model = make_model([node("Conv", "x w0", "a"), node("Conv", "x w1", "b"), node("Concat", "a b", "c", axis=1),
+                        node("Concat", "c a", "d", axis=1), node("Conv", "d w3", "y")], {"x": [1, 8, 4, 4]},
+                       {"y": None}, {**CONCAT, "w3": random(8, 24, 1, 1)})
+    ranges = {"x": (-1.0, 1.0), "a": (-1.0, 1.0), "b": (-1.5, 1.5), "c": (-1.5, 1.5), "d": (-1.9, 1.9), "y": (-1, 1)}
+    scales = finished(model, opened, ranges).activations
+    assert {float(scales[t].scale) for t in "abcd"} == {float(np.float32(3.8 / 255))}
+
+
+def test_known_ranges_stay_as_they_are_in_front_of_a_concat(opened: Opener) -> None:
+    """The codes of a HardSigmoid from 0 to 255 are its results from 0 to 1."""
+    model = make_model([node("Conv", "x w0", "a"), node("HardSigmoid", "a", "h"), node("Concat", "a h", "c", axis=1),
+                        node("Conv", "c w2", "y")], {"x": [1, 8, 4, 4]}, {"y": None}, CONCAT)
+    scales = finished(model, opened, {"x": (-1, 1), "a": (-1, 1), "c": (-1, 1), "y": (-1, 1)}).activations
+    assert (scales["h"].scale, scales["h"].zero_point) == (np.float32(1 / 255), 0)
+    assert scales["a"].scale == scales["c"].scale
+
+
 def test_a_constant_tensor_is_exact(tmp_path: Path) -> None:
     """Every row gives the same 3.0: one code, decoded without error."""
     model = make_model([node("Gemm", "x w b", "h", name="fc"), node("Gemm", "h w b", "y", name="fc2")], ROWS,
