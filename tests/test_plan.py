@@ -26,7 +26,7 @@ def example() -> Plan:
         {n.node: n for n in (
             NodePlan("conv/1", "Conv", "w8a8", "QLinearConv", "it holds weights", (0, 1), True, "relu:0", "w"),
             NodePlan("relu", "Relu", "w8a8", "QLinearConv", "absorbed by conv/1", part_of="conv/1"),
-            NodePlan("soft max", "Softmax", "float", "float", "normalisations are always float"),
+            NodePlan("soft max", "Softmax", "float", "float", "normalisations stay float"),
             NodePlan("gru", "GRU", STORED, STORED, "its weights stored as int8", stored=("w4", "r")),
             NodePlan("q", "QuantizeLinear", GIVEN, GIVEN, "as the model has it"))},
         {"x": params(0.1, 128, UINT8), "../relu:0": params(np.float32(1e-38), 0, UINT8)},

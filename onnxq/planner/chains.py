@@ -85,7 +85,7 @@ def weighted(graph: Graph, node: Node) -> str | None:
     if node.op == "MatMul" and (weight is None or not is_constant(weight)):
         if is_constant(node.inputs[0]):
             return "its constant is on the left side"
-        return "both inputs are activations"
+        return "it multiplies two computed tensors: there is no stored weight to make int8"
     if weight is None or not is_constant(weight):
         return "its weights are computed at run time"
     if dtype_of(weight) != np.float32:

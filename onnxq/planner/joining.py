@@ -33,8 +33,8 @@ _BEHIND_CONV = frozenset({"HardSigmoid", "LeakyRelu", "Mul", "Sigmoid"})
 _FLANKED = frozenset({"ConvTranspose", "Resize", "SpaceToDepth"})
 _LARGEST_FACTOR_ERROR = 0.01  # relative; of a Mul by constants that share one scale
 
-NOT_INT8 = "not everything it reads comes from an int8 operator"
-NO_CLAMP = "no int8 kernel in front of it can absorb it"
+NOT_INT8 = "what it reads is float: int8 here would only add conversions"
+NO_CLAMP = "a Relu or Clip is free inside an int8 kernel in front of it, and there is none"
 
 
 def data_inputs(node: Node) -> list[Tensor]:
@@ -120,7 +120,7 @@ class Regions:
         """Why what a node reads can't be codes, or had better not be; None when it can."""
         wide = _wide(node)
         if node.op == "Gather" and is_constant(node.inputs[0]):
-            return "a look-up, which copies floats"
+            return "a look-up in a table that is too small to gain from int8"
         fits = bool(wide) and all(t.name in self.possible for t in wide)
         if node.op in _CLAMPS and (not fits or wide[0].name in self.linear | self.flanked):
             return NO_CLAMP
@@ -146,7 +146,7 @@ class Regions:
                 continue
             made = results(self.graph, node, self.chains[node.name])
             if not any(self.reads_codes(user, t) for t in made for user in self.graph.consumers(t)):
-                self._drop(node, "its result is read by float operators only")
+                self._drop(node, "only float operators read its result: int8 would be converted back at once")
 
     def _let_go(self) -> bool:
         """Arithmetic beside a linear layer whose result is float after all is float, too; whether there was any."""
@@ -155,7 +155,7 @@ class Regions:
         gone = [n for n in self.int_nodes.values() if n.op in ARITHMETIC | _CLAMPS
                 and not all(t.name in codes for t in _wide(n))]
         for node in gone:
-            self._drop(node, NO_CLAMP if node.op in _CLAMPS else "not everything it reads is made as int8")
+            self._drop(node, NO_CLAMP if node.op in _CLAMPS else NOT_INT8)
         return bool(gone)
 
     def _drop(self, node: Node, reason: str) -> None:

@@ -37,7 +37,7 @@ def lower_left(graph: Graph, nodes: dict[str, NodePlan], kept: Collection[str], 
         weight, x = node.inputs
         activations.append(x)
         nodes[node.name] = NodePlan(
-            node.name, node.op, scheme.name, lowering, "constant weights on the left side; its result is float",
+            node.name, node.op, scheme.name, lowering, "int8 weights on the left side; its result is float",
             int_inputs=(1,), result=node.outputs[0].name, weight=weight.name)
     return activations
 

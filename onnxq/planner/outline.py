@@ -99,11 +99,11 @@ class _Outliner:
         if self.recipe.scheme.is_float:
             return "the scheme is float"
         if node.name in self.labels:
-            return f"part of a {self.labels[node.name]}, which stays whole and float"
+            return f"part of {_article(self.labels[node.name])} in small operators, which stays whole and float"
         if node.op in NORMS:
-            return "normalisations are always float"
+            return "normalisations stay float: 8 bits are too coarse for their mean and variance"
         if node.op == "Softmax":
-            return "Softmax is always float"
+            return "Softmax stays float: 8 bits are too coarse for its exponentials"
         if node.op not in self.recipe.scheme.operators:
             return _no_kernel(node, self.recipe.scheme, self.target.name)
         return None
@@ -137,7 +137,9 @@ class _Outliner:
             return f"a 3-D Conv whose filters read {channels} channels, below {least}, is faster in float"
         for letter, size in zip("KN", dims, strict=False):
             if int(size or 0) < self.target.small:
-                return f"{letter} = {size} is below {self.target.small}: converting costs more than int8 gains"
+                what = "reads" if letter == "K" else "makes"
+                return (f"it {what} {size} columns ({letter}), below {self.target.small}: converting costs more than "
+                        "int8 gains")
         return None
 
     def _beside_given(self, node: Node, link: Chain) -> str | None:
@@ -201,7 +203,8 @@ class _Outliner:
                 scheme, lowering = self.recipe.scheme.name, self.target.lowerings[(node.op, spec.granularity)]
                 found.nodes[node.name] = NodePlan(
                     node.name, node.op, scheme, lowering,
-                    f"constant weights; a scale per {spec.granularity} of the activation at run time", int_inputs=(0,),
+                    f"int8 weights; what it reads is quantized at run time, a scale per {spec.granularity}",
+                    int_inputs=(0,),
                     result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name,
                     activation=spec.granularity, bias_add=add.name if add is not None else None)
                 if add is not None:
@@ -224,37 +227,43 @@ class _Outliner:
         for owner, body in self.graph.subgraphs():
             for node, holder in body.walk():
                 scheme = GIVEN if given.is_quantized(holder, node) else FLOAT
-                reason = _other_data(node) or f"in a body of {owner.op} {owner.name}, whose ranges are not calibrated"
+                reason = _other_data(node) or f"in a body of {owner.op} {owner.name}, where calibration does not look"
                 found.nodes[node.name] = NodePlan(node.name, node.op, scheme, scheme,
                                                   "quantized already" if scheme == GIVEN else reason)
         for name, verdict in list(found.nodes.items()):
             if verdict.op in ("If", "Loop", "Scan") and verdict.scheme == FLOAT:
-                found.nodes[name] = replace(verdict, reason="control flow is float")
+                found.nodes[name] = replace(verdict, reason="it only chooses what runs; see the nodes inside")
 
 
 def _why(node: Node, as_int: bool) -> str:
     if node.op in WEIGHTED:
-        return "constant weights" if as_int else "constant weights; its result is wanted in float"
+        made = "int8" if as_int else "float"
+        return f"its weights are stored in the model, so that they and what it reads are int8; its result is {made}"
     return "between int8 operators"
 
 
 def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op in ("If", "Loop", "Scan"):
-        return "control flow is float"
+        return "it only chooses what runs; see the nodes inside"
     if node.op == "Gather":
-        return "a look-up, which copies floats"
+        return "a look-up in a table that is too small to gain from int8"
     if node.op == "PRelu" and not scheme.is_dynamic:
         return "a slope per channel has no int8 kernel"
     if node.op == "SpaceToDepth" and not scheme.is_dynamic:
         return "its kernel takes codes from a later onnxruntime than 1.25 on"
     if scheme.is_dynamic:
-        return f"scheme {scheme.name} quantizes {', '.join(scheme.operators)} only"
-    return f"no int8 kernel for {node.op} on {target}"
+        return f"scheme {scheme.name} quantizes {', '.join(scheme.operators)} alone"
+    return f"onnxq has no int8 form of {node.op} on {target}"
+
+
+def _article(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOR' else 'a'} {name}"  # an RMSNorm: it is spoken letter by letter
 
 
 def _other_data(node: Node) -> str | None:
     """Why a node that does not make float32 is left alone; None when it does, or when its type is unknown."""
     made = {str(dtype_of(t)) for t in node.outputs if t.name and dtype_of(t) is not None}
     if made and "float32" not in made:
-        return f"makes {', '.join(sorted(made))}: there is nothing to quantize"
+        kind = "true or false" if made == {"bool"} else ", ".join(sorted(made))
+        return f"it makes {kind}, and only float32 is quantized"
     return None

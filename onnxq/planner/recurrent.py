@@ -36,7 +36,7 @@ def lower_lstms(graph: Graph, nodes: dict[str, NodePlan], kept: Collection[str],
             continue
         nodes[node.name] = NodePlan(
             node.name, node.op, scheme.name, lowering,
-            "constant weights; scales of its input and of each step's states at run time", int_inputs=(0,),
+            "int8 weights; its input and each step's states are quantized at run time", int_inputs=(0,),
             result=next((t.name for t in node.outputs if t.name), None), stored=tuple(t.name for t in node.inputs[1:3]),
             activation=TENSOR)
 

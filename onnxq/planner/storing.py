@@ -50,7 +50,7 @@ def _mark(nodes: dict[str, NodePlan], node: Node, weight: str) -> None:
         nodes[node.name] = replace(verdict, stored=(*verdict.stored, weight))
         return
     reason = ("a look-up in a table stored as int8, whose rows are decoded as they are read" if node.op == "Gather"
-              else f"computes in float, its weights stored as int8: {verdict.reason}")
+              else f"weights stored as int8 to save space, computed in float: {verdict.reason}")
     nodes[node.name] = replace(verdict, scheme=STORED, lowering=STORED, stored=(weight,), reason=reason)
 
 

@@ -163,7 +163,7 @@ class Group:
 
     @property
     def line(self) -> str:
-        """The group on a line: '36 MatMul -> MatMulIntegerToFloat', 'float: 12 Softmax: Softmax is always float'."""
+        """The group on a line: '36 MatMul -> MatMulIntegerToFloat', 'float: 12 Softmax: Softmax stays float'."""
         return self.text if self.kind == INT8 else f"{self.kind}: {self.text}"
 
 

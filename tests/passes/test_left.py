@@ -76,14 +76,14 @@ STAYS: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any], str]] = {
 def test_what_stays_float_or_stored(case: str, opened: Opener) -> None:
     nodes, ports, stored, reason = STAYS[case]
     found = verdicts(opened(make_model(nodes, ports, {"y": None}, stored)))["mix"]
-    assert found.removeprefix("stored: computes in float, its weights stored as int8: ").removeprefix(
+    assert found.removeprefix("stored: weights stored as int8 to save space, computed in float: ").removeprefix(
         "float: ") == reason
 
 
 def test_a_dynamic_scheme_and_a_wish_leave_it_stored_or_float(opened: Opener) -> None:
     model = make_model([node("MatMul", "w x", "y", name="mix")], {"x": [128, 9]}, {"y": None}, {"w": random(128, 128)})
     assert verdicts(opened(model), "w8a8-dynamic-tensor")["mix"] == (
-        "stored: computes in float, its weights stored as int8: its constant is on the left side")
+        "stored: weights stored as int8 to save space, computed in float: its constant is on the left side")
     assert verdicts(opened(model), keep=["mix"])["mix"] == "float: kept float as asked (mix)"
 
 

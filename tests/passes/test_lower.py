@@ -235,7 +235,8 @@ def test_a_matmul_of_two_decoded_activations_needs_no_q_to_be_fenced(fmt: str, t
     model = make_model([conv("x", "w0", "q"), conv("x", "w1", "k"), node("MatMul", "q k", "s", name="scores"),
                         node("Softmax", "s", "y")], X, {"y": [None] * 4}, WEIGHTS)
     made = make(model, tmp_path, [FEED], fmt)
-    assert described(made.plan.nodes["scores"]) == "float: both inputs are activations"
+    assert described(made.plan.nodes["scores"]) == (
+        "float: it multiplies two computed tensors: there is no stored weight to make int8")
     assert made.ran("Conv_q", "Conv_k", "scores") == ["QLinearConv", "QLinearConv", "MatMul"]
 
 
@@ -260,7 +261,8 @@ def test_the_fence_is_what_keeps_it_float(tmp_path: Path) -> None:
 
 def test_no_fence_where_a_float_node_meets_float(tmp_path: Path) -> None:
     made = make(between([node("Sigmoid", "a", "s", name="keep"), node("Neg", "s", "j")]), tmp_path, [FEED])
-    assert described(made.plan.nodes["keep"]) == "float: its result is read by float operators only"
+    assert described(made.plan.nodes["keep"]) == (
+        "float: only float operators read its result: int8 would be converted back at once")
     assert made.stored().count("Sum") == 0
     assert FenceFloat().run(load(made.compiled), Context(CPU, made.plan)) is False
 

@@ -13,8 +13,8 @@ from lowering_support import make, outlined, verdicts
 X = {"x": [1, 8, 8, 8]}
 FILTERS: dict[str, Any] = {f"w{k}": random(8, 8, 3, 3, seed=k) * np.float32(0.2) for k in range(3)}
 LINEAR = {"m0": random(32, 32), "m1": random(32, 32, seed=1), "m2": random(32, 32, seed=2)}
-JOINED_ONLY = "float: its result is read by float operators only"
-NOT_INT8 = "float: not everything it reads comes from an int8 operator"
+JOINED_ONLY = "float: only float operators read its result: int8 would be converted back at once"
+NOT_INT8 = "float: what it reads is float: int8 here would only add conversions"
 TWICE = np.array([1, 1, 2, 2], np.float32)
 BORDER = np.array([0, 0, 1, 1, 0, 0, 1, 1])
 
@@ -124,7 +124,7 @@ def test_a_look_up_is_no_movement_of_codes(opened: Opener) -> None:
     model = between([op("Gather", "table ids", "e"), op("Mul", "a e", "j")], {"table": random(20, 8, 1, 1)},
                     inputs={"ids": (onnx.TensorProto.INT64, [1])})
     found = verdicts(opened(model))
-    assert (found["e"], found["j"]) == ("float: a look-up, which copies floats", "QLinearMul")
+    assert (found["e"], found["j"]) == ("float: a look-up in a table that is too small to gain from int8", "QLinearMul")
 
 
 def test_what_is_computed_between_codes_may_be_joined_with_codes(opened: Opener) -> None:
@@ -180,7 +180,8 @@ def test_a_relu_behind_a_linear_layer_stays_float(opened: Opener) -> None:
     model = make_model([op("MatMul", "x m0", "m"), op("Add", "m b", "h"), op("Relu", "h", "r"),
                         op("MatMul", "r m1", "n"), op("Neg", "h", "z"), op("Add", "n z", "y")], {"x": [4, 32]},
                        {"y": None}, {**LINEAR, "b": random(32)})
-    assert verdicts(opened(model))["r"] == "float: no int8 kernel in front of it can absorb it"
+    assert verdicts(opened(model))["r"] == (
+        "float: a Relu or Clip is free inside an int8 kernel in front of it, and there is none")
 
 
 def test_a_split_has_all_that_is_read_of_it_as_results(opened: Opener) -> None:

@@ -19,9 +19,9 @@ X4 = {"x": [1, 8, 8, 8]}
 ROWS = {"x": [4, 32]}
 FILTERS = {f"w{k}": random(8, 8, 3, 3, seed=k) for k in range(5)}
 LINEAR = {f"w{k}": random(32, 32, seed=k) for k in range(4)} | {f"b{k}": random(32, seed=9 + k) for k in range(4)}
-JOINED_ONLY = "its result is read by float operators only"
-NOT_INT8 = "not everything it reads comes from an int8 operator"
-NO_CLAMP = "no int8 kernel in front of it can absorb it"
+JOINED_ONLY = "only float operators read its result: int8 would be converted back at once"
+NOT_INT8 = "what it reads is float: int8 here would only add conversions"
+NO_CLAMP = "a Relu or Clip is free inside an int8 kernel in front of it, and there is none"
 
 
 def conv(source: str, weight: str, result: str, **more: Any) -> onnx.NodeProto:
@@ -68,7 +68,7 @@ def test_a_tail_stays_float(opened: Opener) -> None:
                    op("Softmax", "g", "y")])
     assert verdicts(opened(model)) == {
         "c": "QLinearConv", "a": f"float: {JOINED_ONLY}", "g": f"float: {JOINED_ONLY}",
-        "y": "float: Softmax is always float"}
+        "y": "float: Softmax stays float: 8 bits are too coarse for its exponentials"}
 
 
 def test_what_joins_on_one_side_only_stays_float(opened: Opener) -> None:
@@ -77,13 +77,13 @@ def test_what_joins_on_one_side_only_stays_float(opened: Opener) -> None:
                    conv("a", "w1", "d"), conv("cat", "w2", "f"), conv("p", "w3", "g")], dict.fromkeys("dfg"))
     found = verdicts(opened(model))
     assert {found[n] for n in ("a", "cat", "p")} == {f"float: {NOT_INT8}"}
-    assert found["e"] == "float: no int8 kernel for Exp on cpu"
+    assert found["e"] == "float: onnxq has no int8 form of Exp on cpu"
 
 
 def test_a_result_of_int8_and_float_readers_counts_as_codes_for_a_conv(opened: Opener) -> None:
     model = convs([conv("x", "w0", "c"), op("Exp", "c", "e"), op("MaxPool", "c", "p", kernel_shape=[2, 2]),
                    conv("p", "w1", "y")], {"y": None, "e": None})
-    assert verdicts(opened(model)) == {"c": "QLinearConv", "e": "float: no int8 kernel for Exp on cpu",
+    assert verdicts(opened(model)) == {"c": "QLinearConv", "e": "float: onnxq has no int8 form of Exp on cpu",
                                        "p": "MaxPool", "y": "QLinearConv"}
 
 
@@ -143,13 +143,13 @@ def test_linear_layers_by_who_reads_them(opened: Opener) -> None:
         "g": "QGemm", "gr": "QGemm", "h": "QGemm", "y": "float"}
     assert {n.node for n in found.values() if n.int_output} == {"m", "g"}
     assert found["n"].bias_add == "nb"
-    assert found["h"].reason == "constant weights; its result is wanted in float"
+    assert found["h"].reason.endswith("so that they and what it reads are int8; its result is float")
 
 
 def test_a_relu_in_front_of_float_readers_is_left_to_them(opened: Opener) -> None:
     model = linears([op("MatMul", "x w0", "m"), op("Relu", "m", "r"), op("Exp", "r", "y")])
     assert verdicts(opened(model)) == {"m": "MatMulIntegerToFloat", "r": f"float: {NO_CLAMP}",
-                                       "y": "float: no int8 kernel for Exp on cpu"}
+                                       "y": "float: onnxq has no int8 form of Exp on cpu"}
 
 
 def test_a_residual_add_of_linear_layers_follows_their_results(opened: Opener) -> None:
@@ -161,13 +161,13 @@ def test_a_residual_add_of_linear_layers_follows_their_results(opened: Opener) -
                        op("Add", "n b1", "h"), op("Add", "g h", "a"), op("Add", "a g", "a2"),
                        op("MatMul", "a2 w2", "y")])
     found = verdicts(opened(matmuls))
-    assert found["a"] == found["a2"] == "float: not everything it reads is made as int8"
+    assert found["a"] == found["a2"] == "float: what it reads is float: int8 here would only add conversions"
     assert found["y"] == "MatMulIntegerToFloat"
 
 
 @pytest.mark.parametrize(("k", "n", "reason"), [
-    (16, 16, None), (15, 64, "K = 15 is below 16: converting costs more than int8 gains"),
-    (64, 10, "N = 10 is below 16: converting costs more than int8 gains")])
+    (16, 16, None), (15, 64, "it reads 15 columns (K), below 16: converting costs more than int8 gains"),
+    (64, 10, "it makes 10 columns (N), below 16: converting costs more than int8 gains")])
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic-tensor"])
 def test_small_linear_layers_stay_float(k: int, n: int, reason: str | None, name: str, opened: Opener) -> None:
     model = make_model([op("MatMul", "x w", "m"), op("Gemm", "x t", "y", transB=1)], {"x": [4, k]},
@@ -181,7 +181,8 @@ FORMS: dict[str, tuple[list[onnx.NodeProto], dict[str, Any], str]] = {
     "constant on the left": ([op("MatMul", "w0 x", "y")], {"x": [32, 4]},
                              "its constant is on the left side, and M = 32 is below 128: converting costs more than "
                              "int8 gains"),
-    "two activations": ([op("MatMul", "x z", "y")], {"x": [4, 32], "z": [32, 32]}, "both inputs are activations"),
+    "two activations": ([op("MatMul", "x z", "y")], {"x": [4, 32], "z": [32, 32]},
+                        "it multiplies two computed tensors: there is no stored weight to make int8"),
     "computed weights of a Gemm": ([op("Gemm", "x z", "y")], {"x": [4, 32], "z": [32, 32]},
                                    "its weights are computed at run time"),
     "computed weights of a Conv": ([op("Conv", "x z", "y")], {"x": [1, 8, 4, 4], "z": [8, 8, 1, 1]},
@@ -204,14 +205,14 @@ def test_forms_without_constant_weights_or_kernel(case: str, opened: Opener) -> 
     nodes, inputs, reason = FORMS[case]
     extra = {"rows": random(4, 32), "w_3d": random(2, 32, 32), "k3": random(4, 4, 1, 1, 1)}
     model = make_model(nodes, inputs, {"y": None}, LINEAR | extra)
-    stored = "stored: computes in float, its weights stored as int8"  # where they are large enough
+    stored = "stored: weights stored as int8 to save space, computed in float"  # where they are large enough
     assert verdicts(opened(model))["y"] in (f"float: {reason}", f"{stored}: {reason}")
 
 
 def test_double_weights_are_left_alone(opened: Opener) -> None:
     model = make_model([op("MatMul", "x w", "y")], {"x": (TensorProto.DOUBLE, [4, 32])},
                        {"y": (TensorProto.DOUBLE, [4, 32])}, {"w": np.ones((32, 32))})
-    assert verdicts(opened(model)) == {"y": "float: makes float64: there is nothing to quantize"}
+    assert verdicts(opened(model)) == {"y": "float: it makes float64, and only float32 is quantized"}
 
 
 # ------------------------------------------------------------------ kept float
@@ -245,11 +246,11 @@ def test_bodies_and_control_flow_are_float_with_the_reason(opened: Opener) -> No
     other = body([node("Neg", "m", "e", name="other")], {"e": None})
     model = make_model([op("MatMul", "x w0", "m"), op("If", "c", "y", then_branch=then, else_branch=other)],
                        {**ROWS, "c": (TensorProto.BOOL, [])}, {"y": None}, LINEAR)
-    inside = "in a body of If y, whose ranges are not calibrated"
+    inside = "in a body of If y, where calibration does not look"
     assert verdicts(opened(model)) == {
-        "m": "MatMulIntegerToFloat", "y": "float: control flow is float",
-        "inner": f"stored: computes in float, its weights stored as int8: {inside}", "inner_relu": f"float: {inside}",
-        "other": f"float: {inside}"}
+        "m": "MatMulIntegerToFloat", "y": "float: it only chooses what runs; see the nodes inside",
+        "inner": f"stored: weights stored as int8 to save space, computed in float: {inside}",
+        "inner_relu": f"float: {inside}", "other": f"float: {inside}"}
     assert verdicts(opened(model), keep=["inner"])["inner"] == f"float: {inside}"
 
 
@@ -269,8 +270,10 @@ def test_norms_softmax_lookups_and_integers_say_what_they_are(opened: Opener) ->
                        {"ids": (TensorProto.INT64, [4])}, {"y": (TensorProto.INT64, None), "f": None},
                        {"table": random(9, 32), "g": random(32)}, domains={"acme": 1})
     assert verdicts(opened(model)) == {
-        "e": "float: a look-up, which copies floats", "n": "float: normalisations are always float",
-        "s": "float: Softmax is always float", "y": "float: makes int64: there is nothing to quantize",
+        "e": "float: a look-up in a table that is too small to gain from int8",
+        "n": "float: normalisations stay float: 8 bits are too coarse for their mean and variance",
+        "s": "float: Softmax stays float: 8 bits are too coarse for its exponentials",
+        "y": "float: it makes int64, and only float32 is quantized",
         "f": "float: operator acme.Foo is not known here"}
 
 
@@ -289,7 +292,7 @@ def test_a_dynamic_scheme_takes_linear_layers_only(opened: Opener) -> None:
     found = outlined(opened(network()), "w8a8-dynamic-tensor")
     assert {n.node: n.lowering for n in found.nodes.values() if n.scheme != FLOAT} == {
         "Gemm_h": "DynamicQuantizeMatMul", "MatMul_m": "DynamicQuantizeMatMul", "Add_y": "DynamicQuantizeMatMul"}
-    assert found.nodes["Conv_c0"].reason == "scheme w8a8-dynamic-tensor quantizes MatMul, Gemm, LSTM only"
+    assert found.nodes["Conv_c0"].reason == "scheme w8a8-dynamic-tensor quantizes MatMul, Gemm, LSTM alone"
     assert found.ranges_of == []
 
 

@@ -18,7 +18,7 @@ from onnxq.recipe import Match, Rule
 
 H = CPU.least_hidden
 SCHEMES = ("w8a8", "w8a8-dynamic-tensor")
-STORED = "stored: computes in float, its weights stored as int8"
+STORED = "stored: weights stored as int8 to save space, computed in float"
 
 
 def weights(hidden: int = H, directions: int = 1, inputs: int = 24, seed: int = 0) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def test_a_large_lstm_runs_on_codes_found_at_run_time(scheme: str, opened: Opene
 def test_schemes_with_finer_scales_or_without_lstms_leave_it_float(opened: Opener) -> None:
     assert verdicts(opened(model()), "float") == {"lstm": "float: the scheme is float"}
     assert verdicts(opened(model()), "w8a8-dynamic") == {
-        "lstm": f"{STORED}: scheme w8a8-dynamic quantizes MatMul, Gemm only"}
+        "lstm": f"{STORED}: scheme w8a8-dynamic quantizes MatMul, Gemm alone"}
 
 
 FORMS = {  # model, reason

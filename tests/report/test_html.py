@@ -63,7 +63,7 @@ def full_report():
         accuracy=Accuracy("top1", 0.9, 0.895, 0.005, {"logits": OutputAccuracy(31.25, 0.9991, 0.5)}, "eval.npz", 500,
                           "a note on accuracy"),
         semantic=Semantic(72.5, None, 8),
-        nodes=[node("m1"), node("m2"), node("s1", "Softmax", "float", "float", "Softmax is always float"),
+        nodes=[node("m1"), node("m2"), node("s1", "Softmax", "float", "float", "Softmax stays float"),
                node("b1", "BatchNormalization", "folded", "", "folded into its neighbours")],
         layers=[LayerRow("h1", "MatMul", 41.5, 0.9999, 0.01)],
         verdict=Verdict(notices=["do look at this"]),
@@ -77,7 +77,7 @@ def test_everything_that_is_known_is_on_the_page():
     for words in ("models/in.onnx", "models/out.onnx", "4.00x smaller", "4.0 MB to 1.0 MB", "2.00x as fast",
                   "4.00 ms to 2.00 ms", "1.90x to 2.10x", "x 8x64", "2 threads", "top1 89.50 %", "0.50 points worse",
                   "500 rows of eval.npz", "a note on accuracy", "31.2 dB", "72.5 dB", "identical",
-                  "2 MatMul -> QLinearMatMul", "1 Softmax: Softmax is always float", "folded into its neighbours",
+                  "2 MatMul -> QLinearMatMul", "1 Softmax: Softmax stays float", "folded into its neighbours",
                   "41.5 dB", "do look at this", "avx2, avx512f", "name: w8a8", "3.00 s", "4.0 s in all"):
         assert words in text, words
 
@@ -167,12 +167,12 @@ def test_light_and_dark():
 def test_two_thousand_nodes_are_grouped_and_folded():
     report = full_report()
     report.nodes = [node(f"layer{k}/MatMul") for k in range(1500)]
-    report.nodes += [node(f"softmax{k}", "Softmax", "float", "float", "Softmax is always float") for k in range(499)]
+    report.nodes += [node(f"softmax{k}", "Softmax", "float", "float", "Softmax stays float") for k in range(499)]
     report.nodes += [node("other", "Softmax", "float", "float", "another reason")]
     html = render(report)
     page = Page(html)
     assert "1500 MatMul -> QLinearMatMul" in page.text
-    assert "499 Softmax: Softmax is always float" in page.text
+    assert "499 Softmax: Softmax stays float" in page.text
     assert "2000 nodes: 1500 quantized, 500 float" in page.text
     assert page.tags.count("details") == 3 + 1  # and the layers
     assert not any(name == "open" for name, _ in page.attributes)
