@@ -156,6 +156,8 @@ def cli() -> None:
 @click.option("--no-measure", is_flag=True,
               help="Keep the plan's choice without timing it: for reproducible builds, or a machine that is not the "
                    "target.")
+@click.option("--save-plan", metavar="DIR", help="Write what was decided into this folder: plan.json and plan.npz.")
+@click.option("--plan", metavar="DIR", help="Replay a saved plan: the same bytes again, without data.")
 @json_option
 @quiet_option
 @debug_option

@@ -109,8 +109,8 @@ class _Compilation:
         canonical = graph.copy()
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
-            if canonical.half:
-                self._half(canonical, Path(folder) / "float.onnx")
+            if canonical.half or self.removed:
+                self._float_form(canonical, Path(folder) / "float.onnx")
             with self.stage("rewrite"):
                 self._write(graph, compiled, twin)
             graph = self._verify(graph, canonical, compiled, twin, calib, evaluation)
@@ -128,15 +128,16 @@ class _Compilation:
     def stage(self, name: str) -> AbstractContextManager[None]:
         return verification.stage(self.report, self.progress, name)
 
-    def _half(self, canonical: Graph, path: Path) -> None:
-        """Figures are told against the half model where it runs; what int8 has to beat is its float32 form."""
+    def _float_form(self, canonical: Graph, path: Path) -> None:
+        """What int8 has to beat is the canonical float graph, which may be much faster than the model as it came (its
+        BatchNormalizations folded, in float32 where it was half); figures are told against the model where it runs."""
         options = self.request.options
         runs = verification.runs(self.request.model, options)
         if runs and not self.request.measure:
             return
         save(canonical, path)
         self.rival = path
-        if not runs and verification.runs(path, options):
+        if canonical.half and not runs and verification.runs(path, options):
             self.reference = path
             self.report.verdict.notices.append(verification.told_against_float32(canonical.half))
 
