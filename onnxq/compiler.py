@@ -32,9 +32,9 @@ from onnxq.recipe import Calibration, Recipe
 from onnxq.recipe import scheme as named_scheme
 from onnxq.report.report import Latency, NodeRow, Report, Size
 from onnxq.request import AUTO, FORMATS, Request, check, resolve
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
-from onnxq.targets import TARGETS
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -66,15 +66,14 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
                      metric=metric, max_drop=max_drop, keep_float=keep_float)
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
+    here = target_here(target)
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
     coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
-        model, destination, chosen, TARGETS[target], SessionOptions(TARGETS[target].provider, threads),
+        model, destination, chosen, here, SessionOptions(here.provider, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
-        TARGETS[target].format if format == AUTO else format, measure,
+        here.format if format == AUTO else format, measure,
         Path(dump) if dump is not None else None, dump_after,
         replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None, saved,
         Path(save_plan) if save_plan is not None else None)
@@ -325,7 +324,8 @@ class _Compilation:
         if plan.quantized():
             notices.append(f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({took}); "
                            "--no-measure keeps it all the same")
-            return without_int8(plan, canonical, self.recipe, f"int8 does not pay here: {took} in float")
+            return without_int8(plan, canonical, self.recipe, self.request.target,
+                                f"int8 does not pay here: {took} in float")
         notices.append(f"decoding the stored weights takes time here ({took}), so they stay float")
         return all_float(plan, f"decoding stored weights does not pay here: {took} in float")
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from onnxq import verification
-from onnxq.errors import UsageError
 from onnxq.explanation import codes
 from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
 from onnxq.passes.canonicalize import canonicalize
@@ -18,7 +17,7 @@ from onnxq.plan import NodePlan
 from onnxq.planner.outline import outline
 from onnxq.recipe import Recipe
 from onnxq.recipe import scheme as named_scheme
-from onnxq.targets import TARGETS
+from onnxq.runtime.machine import target_here
 
 
 def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:
@@ -28,8 +27,7 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     planner: a compilation also measures, and may leave float what does not pay. Raises UsageError for an unknown
     scheme or target, and what loading a model raises.
     """
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
+    here = target_here(target)
     recipe = Recipe(named_scheme(scheme))
     graph = load(model)
     operators = Counter(_operator(node) for node, _ in graph.walk())
@@ -37,8 +35,8 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     by_dtype: Counter[str] = Counter()
     for dtype, count in _weights(graph).values():
         by_dtype[dtype] += count
-    PassManager(canonicalize()).run(graph, Context(TARGETS[target]))
-    nodes = outline(graph, recipe, TARGETS[target]).nodes
+    PassManager(canonicalize()).run(graph, Context(here))
+    nodes = outline(graph, recipe, here).nodes
     rows = [verification.row(n) for n in nodes.values()]
     codes.connect(rows, nodes, graph)
     return {"model": str(model), "scheme": scheme, "target": target, "opset": graph.opset, **ports,

@@ -22,9 +22,10 @@ from onnxq.passes.manager import Context, PassManager
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
-from onnxq.targets import TARGETS, Target
+from onnxq.targets import Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -44,9 +45,8 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     goal.check()
     if data is None and (max_drop is not None or min_sqnr is not None or metric is not None or layers):
         raise UsageError("--metric, --max-drop, --min-sqnr and --layers compare on data; give --data DATA")
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
-    options = SessionOptions(TARGETS[target].provider, threads)
+    here = target_here(target)
+    options = SessionOptions(here.provider, threads)
     report = Report(str(float_model), str(compiled), "")
     bar, paths = progress or Silent(), (Path(float_model), Path(compiled))
     with verification.stage(report, bar, "load"):
@@ -60,7 +60,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     if data is None:
         report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                       "give --data DATA")
-    with _reference(paths[0], graphs[0], TARGETS[target], options, report) as reference:
+    with _reference(paths[0], graphs[0], here, options, report) as reference:
         with verification.stage(report, bar, "measure"):
             report.latency = verification.latency(reference, paths[1], feeds, options, given.name, progress=bar)
         with verification.stage(report, bar, "read back"):

@@ -15,6 +15,7 @@ from conftest import make_model, node, random
 from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.graph import Graph, load, read_nodes, save
+from onnxq.numerics import affine
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
 from onnxq.passes.manager import Context, PassManager, Skip
@@ -25,13 +26,15 @@ from onnxq.planner.outline import Outline, outline
 from onnxq.planner.scales import finish
 from onnxq.recipe import Calibration, Fallback, Recipe, Rule, scheme
 from onnxq.report.report import NodeRow, Verdict
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.observe import Executed, executed
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import TARGETS
 from onnxq.verification import what_ran
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-CPU = TARGETS["cpu"]
+CPU = TARGETS["cpu"]  # what is planned does not depend on the machine
+HERE = target_here("cpu")  # what runs does: without VNNI, two products have to fit 16 bits
 FORMATS = ("qdq", "qoperator")
 ONE_THREAD = SessionOptions(threads=1)
 UNOPTIMIZED = SessionOptions(threads=1, optimize=False)
@@ -134,14 +137,14 @@ def make(model: onnx.ModelProto | Path, folder: Path, feeds: Iterable[Mapping[st
     if isinstance(model, onnx.ModelProto):
         onnx.save(model, source)
     graph = load(source)
-    chosen, context = recipe(name, keep, rules), Context(CPU)
+    chosen, context = recipe(name, keep, rules), Context(HERE)
     canonical(graph)
     save(graph, folder / "canonical.onnx")
-    found = outline(graph, chosen, CPU)
+    found = outline(graph, chosen, HERE)
     if ranges is None:
         ranges = observer.observe(graph, found.ranges_of, open_data(given, graph.ports()),
                                   calibration or Calibration(samples=None), ONE_THREAD) if found.ranges_of else {}
-    context.plan = finish(found, graph, ranges, chosen, CPU)
+    context.plan = finish(found, graph, ranges, chosen, HERE)
     PassManager([*transform(), *quantize()]).run(graph, context)
     save(graph, folder / "twin.onnx")
     PassManager(lower(fmt)).run(graph, context)
@@ -197,6 +200,14 @@ def weight_codes(made: Made, name: str) -> tuple[Array, Array]:
     assert not np.any(stored.get(f"{name}.zero_point", 0)), "weights are symmetric"
     return stored[f"{name}.q"].astype(np.int64), stored[f"{name}.scale"].astype(np.float64)
 
+
+def weight_scales(rows: Array) -> Array:
+    """The scale of each row of weights [C, K], in the kernel's order along K, as it is chosen on this machine."""
+    least = affine.largest_pair(rows) if HERE.saturates else 0.0
+    return affine.weight_params(rows, 0, least=least).scale
+
+
+needs_vnni = pytest.mark.skipif(HERE.saturates, reason="without VNNI instructions this kernel is not used")
 
 # ------------------------------------------------------------------ models
 

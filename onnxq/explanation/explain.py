@@ -41,9 +41,10 @@ from onnxq.recipe import Recipe, Scheme
 from onnxq.recipe import scheme as named_scheme
 from onnxq.report import wording
 from onnxq.report.report import Encoding, NodeRow, plain
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import SessionOptions
-from onnxq.targets import TARGETS, Target
+from onnxq.targets import Target
 
 DEFAULT_SCHEME = "w8a8"
 _FEW = 8  # elements of a stored tensor that are shown one by one
@@ -61,8 +62,7 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
     or the end of a name that no other has. Raises UsageError when it stands for no node or for several, or when a
     scheme is given for what has one; ModelError for a source that can't be read.
     """
-    if target not in TARGETS:
-        raise UsageError(f"there is no target {target!r}; known: {', '.join(TARGETS)}")
+    here = target_here(target)
     path = Path(source)
     if _is_report(path):
         if scheme is not None:
@@ -73,9 +73,9 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
         if "onnxq.plan" in graph.metadata or any(is_quantized(g, n) for n, g in graph.walk()):
             if scheme is not None:
                 raise UsageError(f"{path} is quantized already; leave out --scheme, or name the float model")
-            story = _of_compiled(path, graph, node, TARGETS[target])
+            story = _of_compiled(path, graph, node, here)
         else:
-            story = _of_float(path, graph, node, named_scheme(scheme or DEFAULT_SCHEME), target)
+            story = _of_float(path, graph, node, named_scheme(scheme or DEFAULT_SCHEME), here)
     found: dict[str, Any] = plain(dataclasses.asdict(story))
     return found
 
@@ -132,10 +132,10 @@ def _fields(kind: Any) -> set[str]:
 # ------------------------------------------------------------------ a float model
 
 
-def _of_float(path: Path, graph: Graph, wanted: str, scheme: Scheme, target: str) -> Story:
+def _of_float(path: Path, graph: Graph, wanted: str, scheme: Scheme, target: Target) -> Story:
     original, removals = graph.copy(), Removals(graph)
-    PassManager(canonicalize(), [removals]).run(graph, Context(TARGETS[target]))
-    verdicts = outline(graph, Recipe(scheme), TARGETS[target]).nodes
+    PassManager(canonicalize(), [removals]).run(graph, Context(target))
+    verdicts = outline(graph, Recipe(scheme), target).nodes
     rows = [verification.row(n) for n in verdicts.values()]
     codes.connect(rows, verdicts, graph)
     rows += verification.removed_rows(removals)

@@ -135,13 +135,14 @@ def dequantize(q: npt.NDArray[Any], params: QuantParams) -> npt.NDArray[np.float
     return x
 
 
-def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = INT8, mse: bool = False) -> QuantParams:
+def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = INT8, mse: bool = False,
+                  least: npt.ArrayLike = 0.0) -> QuantParams:
     """Symmetric parameters for a float32 weight of any rank, per channel along `axis` (None: per tensor).
 
-    Absolute maximum scales: scale = max|w| / qmax. With `mse`, each channel takes the factor f on a grid (1.0, 0.98 ..
-    0.80; for 4-bit types 1.0, 0.96 .. 0.60) whose scale f * max|w| / qmax has the least squared error
-    sum((dequantize(quantize(w)) - w)**2). The largest f wins a tie, so the result is never worse than f = 1. A shrunk
-    scale saturates: the code qmin may then occur.
+    Absolute maximum scales: scale = max(max|w|, least) / qmax, with `least` a scalar or [C], at least 0. With `mse`,
+    each channel takes the factor f on a grid (1.0, 0.98 .. 0.80; for 4-bit types 1.0, 0.96 .. 0.60) whose scale
+    f * max|w| / qmax has the least squared error sum((dequantize(quantize(w)) - w)**2). The largest f wins a tie, so
+    the result is never worse than f = 1. A shrunk scale saturates: the code qmin may then occur.
     A channel of zeros (or without elements) gets scale 1.0. Extra memory: with `mse` two arrays of the size of w.
     ValueError when w holds NaN or infinities.
     """
@@ -149,6 +150,7 @@ def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = I
     kept = None if axis is None else _positive_axis(axis, w.ndim)
     others = tuple(i for i in range(w.ndim) if i != kept)
     absmax = np.maximum(w.max(axis=others, initial=0.0), -w.min(axis=others, initial=0.0)).astype(np.float64)
+    absmax = np.maximum(absmax, least)
     best = choose(-absmax, absmax, dtype, symmetric=True, axis=kept)
     if not mse:
         return best
@@ -162,6 +164,20 @@ def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = I
         best_error = np.where(better, error, best_error)
         best = QuantParams(np.where(better, trial.scale, best.scale), best.zero_point, dtype, kept)
     return best
+
+
+def largest_pair(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """[C]: the largest magnitude of what neighbours 2i and 2i + 1 along the last axis of rows [C, .., K] add up to.
+
+    Only of what has the same sign: opposite ones may meet activations that hide one of them. Codes of a scale of at
+    least largest_pair / 127 add up to 128 at most, roundings included, and 128 times a uint8 code is within 16 bits.
+    Source: the x86 instruction VPMADDUBSW, which adds two such products and saturates.
+    """
+    even = rows[..., 0::2].astype(np.float64)
+    odd = np.zeros_like(even)
+    odd[..., :rows.shape[-1] // 2] = rows[..., 1::2]
+    sums = (np.maximum(sign * even, 0.0) + np.maximum(sign * odd, 0.0) for sign in (1.0, -1.0))
+    return np.asarray(np.maximum(*sums).reshape(len(rows), -1).max(axis=1, initial=0.0))
 
 
 def bias_params(

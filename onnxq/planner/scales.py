@@ -34,8 +34,8 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
     nodes = {n.name: n for n in graph.nodes}
     for verdict in plan.quantized():
         if verdict.weight is not None:
-            _weight(nodes[verdict.node], verdict, graph, plan, recipe)
-    stored_weights(graph, plan, recipe)
+            _weight(nodes[verdict.node], verdict, graph, plan, recipe, target)
+    stored_weights(graph, plan, recipe, target)
     return plan
 
 
@@ -76,15 +76,34 @@ def _share_in_concats(found: Outline, plan: Plan) -> None:
             taken.add(name)
 
 
-def stored_weights(graph: Graph, plan: Plan, recipe: Recipe) -> None:
-    """Decide the scales of weights that are stored as codes and decoded. Raises ModelError for NaN or infinities."""
+def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
+    """Decide the scales of weights that are stored as codes and decoded, and of an LSTM that runs on codes.
+
+    Raises ModelError for NaN or infinities.
+    """
     spec = recipe.scheme.weights
     for node, _ in graph.walk():
-        for index, weight in stored_by(node, plan.node(node.name)):
+        verdict = plan.node(node.name)
+        for index, weight in stored_by(node, verdict):
             if spec is not None and weight.name not in plan.weights:
                 values = _finite(graph, weight, node)
-                plan.weights[weight.name] = affine.weight_params(values, channel_axis(node, index, values.ndim),
-                                                                 by_name(spec.dtype))
+                paired = target.saturates and verdict is not None and verdict.is_int
+                plan.weights[weight.name] = affine.weight_params(
+                    values, channel_axis(node, index, values.ndim), by_name(spec.dtype),
+                    least=_largest_pairs(node, values) if paired else 0.0)
+
+
+def _largest_pairs(node: Node, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """[C]: what two weights that a kernel multiplies side by side add up to at most, by output channel.
+
+    Kernels go along K of MatMul and Gemm, through a Conv's filter channels last, and along an LSTM's inputs. That of
+    a depthwise Conv multiplies one by one.
+    """
+    if node.op == "Conv":
+        if values.shape[1] == 1 and node.attrs.get("group", 1) == values.shape[0]:
+            return np.zeros(1)
+        return affine.largest_pair(np.moveaxis(values, 1, -1).reshape(len(values), -1))
+    return affine.largest_pair(values.transpose(1, 0, 2) if node.op == "LSTM" else values.T)
 
 
 def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
@@ -95,14 +114,16 @@ def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]
     return values
 
 
-def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe) -> None:
+def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
     index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
     weight, spec = node.inputs[index], recipe.scheme.weights
     assert spec is not None
     if weight.name not in plan.weights:
         values = _finite(graph, weight, node)
         axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
-        plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype))
+        pairs = _largest_pairs(node, values) if target.saturates else np.zeros(1)
+        plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype),
+                                                         least=pairs if axis is not None else pairs.max())
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from onnxq.targets.base import Target
-from onnxq.targets.cpu import CPU
+from onnxq.targets.cpu import CPU, CPU_WITHOUT_VNNI
 
 TARGETS = {t.name: t for t in (CPU,)}
 
-__all__ = ["TARGETS", "Target"]
+# what takes the place of a target of x86-64 on a machine without VNNI instructions
+WITHOUT_VNNI = {CPU.name: CPU_WITHOUT_VNNI}
+
+__all__ = ["TARGETS", "WITHOUT_VNNI", "Target"]

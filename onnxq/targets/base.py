@@ -18,6 +18,7 @@ class Target:
     `small_left` is the least M and K of a MatMul whose stored matrix [M, K] is on the left side;
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
     `slow_fusions` names fusions of the runtime that are slower than what they replace;
+    `saturates` tells whether it adds two products of uint8 by int8 in 16 bits, for which weight scales leave room;
     `half` tells whether it computes in float16 and bfloat16: where not, such models are computed in float32;
     `contrib` names the com.microsoft operators that take float32 wherever they take a half type.
     """
@@ -32,5 +33,6 @@ class Target:
     small_left: int = 1
     pairs_with_q: frozenset[str] = frozenset()
     slow_fusions: frozenset[str] = frozenset()
+    saturates: bool = False
     half: bool = False
     contrib: frozenset[str] = frozenset()

@@ -1,9 +1,13 @@
 """onnxruntime's CPU provider on x86-64, as measured on version 1.31.
 
-uint8 activations times int8 weights is the only pair with fast kernels on every x86-64 generation.
+uint8 activations times int8 weights is the only pair with fast kernels on every x86-64 generation. Without VNNI
+instructions they add two products in 16 bits, which saturate: weight scales there are chosen so that none does
+(CPU_WITHOUT_VNNI, taken by itself on such a machine).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from onnxq.targets.base import Target
 
@@ -76,3 +80,8 @@ CPU = Target(
         "SkipSimplifiedLayerNormalization", "SparseAttention", "TransposeMatMul", "Trilu", "UnfoldTensor", "Unique",
     }),
 )
+
+# with AVX2 alone MatMulIntegerToFloat of uint8 weights on the left reads int8 activations in pairs, and no scale of
+# weights keeps those from saturating
+CPU_WITHOUT_VNNI = replace(CPU, saturates=True, lowerings={
+    key: kernel for key, kernel in CPU.lowerings.items() if key != ("MatMul", "left")})

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxq.numerics.affine import BIAS_LIMIT, bias_params, quantize, weight_params
+from onnxq.numerics.affine import BIAS_LIMIT, bias_params, largest_pair, quantize, weight_params
 from onnxq.numerics.dtypes import INT4, INT8
 
 FLOAT32 = np.finfo(np.float32)
@@ -174,3 +174,31 @@ def test_no_bias_channels():
     w_scale, codes = bias_params(1.0, 1.0, np.zeros(0, np.float32))
     assert w_scale == 1.0
     assert codes.shape == (0,)
+
+
+# ------------------------------------------------------------------ pairs
+
+
+def test_pairs_of_one_sign_add_up_and_opposite_ones_do_not():
+    rows = np.float32([[1, 2, 3, -4], [-1, -2, 5, 0], [0, 0, 0, 0]])
+    assert largest_pair(rows).tolist() == [4.0, 5.0, 0.0]  # 1 + 2 < |-4|; 3 and -4 may not hide one another
+
+
+def test_the_last_of_an_odd_number_stands_alone_and_inner_axes_are_not_crossed():
+    assert largest_pair(np.float32([[1, 2, 7]])).tolist() == [7.0]
+    assert largest_pair(np.float32([[[1, 2, 4], [5, 6, 3]]])).tolist() == [11.0]  # not 4 + 5
+
+
+@no_deadline
+@given(hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=MODERATE))
+def test_two_products_of_codes_stay_within_16_bits(w):
+    codes = quantize(w, weight_params(w, 0, least=largest_pair(w))).astype(int)
+    padded = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).reshape(len(codes), -1, 2)
+    for worst in (np.maximum(padded, 0), np.minimum(padded, 0)):
+        assert np.abs(255 * worst.sum(axis=-1)).max(initial=0) <= 2**15 - 1
+
+
+def test_room_is_left_even_where_every_pair_rounds_up():
+    w = np.float32([[63.5, 63.5], [127, 0], [127, 127]])  # 63.5 / 127 * 127 rounds to 64, twice
+    codes = quantize(w, weight_params(w, 0, least=largest_pair(w))).astype(int)
+    assert codes.sum(axis=1).max() <= 128

@@ -57,7 +57,9 @@ def planned(graph: Graph, *names: str) -> Context:
         if item.name in names:
             plan.nodes[item.name] = NodePlan(item.name, "LSTM", plan.scheme, "DynamicQuantizeLSTM", "")
             for weight in item.inputs[1:3]:
-                plan.weights[weight.name] = affine.weight_params(graph.read(weight), axis=1)
+                values = graph.read(weight)
+                pairs = affine.largest_pair(values.transpose(1, 0, 2))  # exact without VNNI instructions, too
+                plan.weights[weight.name] = affine.weight_params(values, axis=1, least=pairs)
     return Context(plan=plan)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Opener, make_model, node, random
-from lowering_support import BOTH_FORMATS, Array, described, make, verdicts
+from lowering_support import BOTH_FORMATS, Array, described, make, needs_vnni, verdicts
 
 W = random(130, 128) * np.linspace(0.01, 2, 130, dtype=np.float32).reshape(-1, 1)  # rows of very different scale
 SHAPES = {"2-D": [128, 20], "3-D": [3, 128, 20], "4-D": [2, 2, 128, 7]}
@@ -23,6 +23,7 @@ def reference(made: Any, x: Array) -> Array:
     return (w @ codes).astype(np.float64) * np.float64(scale) * stored["w.scale"].astype(np.float64)
 
 
+@needs_vnni
 @BOTH_FORMATS
 @pytest.mark.parametrize("case", SHAPES)
 def test_integer_products_with_the_weights_on_the_left(case: str, fmt: str, tmp_path: Path) -> None:
@@ -45,6 +46,7 @@ def test_integer_products_with_the_weights_on_the_left(case: str, fmt: str, tmp_
     assert (np.abs(found - W @ feed["x"]) <= bound * 1.001).all()
 
 
+@needs_vnni
 @BOTH_FORMATS
 def test_it_reads_what_an_int8_region_makes(fmt: str, tmp_path: Path) -> None:
     """Codes of regions are uint8, those of its own int8 at the same scale: rounding twice changes nothing."""
@@ -87,6 +89,7 @@ def test_a_dynamic_scheme_and_a_wish_leave_it_stored_or_float(opened: Opener) ->
     assert verdicts(opened(model), keep=["mix"])["mix"] == "float: kept float as asked (mix)"
 
 
+@needs_vnni
 def test_its_row_scales_are_those_of_the_plan(tmp_path: Path) -> None:
     model = make_model([node("MatMul", "w x", "y", name="mix")], {"x": [128, 9]}, {"y": None}, {"w": W})
     made = make(model, tmp_path, [{"x": random(128, 9)}])
