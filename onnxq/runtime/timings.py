@@ -64,6 +64,16 @@ class Stored:
     age_seconds: float = 0.0
     bad: int = 0
 
+    def to_dict(self, kernels: bool = False) -> dict[str, Any]:
+        """As `onnxq cache --json` shows it; with `kernels`, each kernel with its candidates' times."""
+        found: dict[str, Any] = {
+            "path": str(self.path), "environment": self.environment, "kernels": len(self.kernels),
+            "checks": len(self.checks), "bytes": self.bytes, "age_seconds": round(self.age_seconds),
+            "damaged_lines": self.bad}
+        if kernels:
+            found["entries"] = [asdict(kernel) for kernel in self.kernels.values()]
+        return found
+
 
 class TimingCache:
     """Times and checks of one environment, in memory and in a file of `folder` (None: `default_folder()`).
