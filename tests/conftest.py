@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ PORT = Sequence[int | str | None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen", action="store_true", help="write the golden texts anew instead of comparing with them")
+
+
+_homes = count()
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where caches of this test go, and of the processes that it starts; no test reads or writes the user's own."""
+    folder = tmp_path_factory.getbasetemp() / f"cache{next(_homes)}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    monkeypatch.setenv("LOCALAPPDATA", str(folder))  # its name on Windows
+    return folder
 
 
 # ------------------------------------------------------------------ building
@@ -106,10 +119,10 @@ Opener = Callable[[onnx.ModelProto], Graph]
 @pytest.fixture
 def opened(tmp_path: Path) -> Opener:
     """Writes a model to a file of its own and loads it."""
-    count = iter(range(1000))
+    numbers = count()
 
     def open_model(model: onnx.ModelProto) -> Graph:
-        path = tmp_path / f"opened{next(count)}.onnx"
+        path = tmp_path / f"opened{next(numbers)}.onnx"
         onnx.save(model, path)
         return load(path)
 
@@ -119,10 +132,10 @@ def opened(tmp_path: Path) -> Opener:
 @pytest.fixture
 def written(tmp_path: Path) -> Callable[[Graph], Path]:
     """Saves a graph to a file of its own, checks that file with onnx, and returns its path."""
-    count = iter(range(1000))
+    numbers = count()
 
     def write(graph: Graph) -> Path:
-        path = tmp_path / f"written{next(count)}.onnx"
+        path = tmp_path / f"written{next(numbers)}.onnx"
         save(graph, path)
         onnx.checker.check_model(str(path), full_check=True)
         return path

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from onnxq.cli import cli, main
 from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
 from onnxq.recipe import Recipe, scheme, scheme_names, scheme_text
 from onnxq.report.report import NodeRow, Report, Size, Verdict
+from onnxq.runtime.race import KernelTime
+from onnxq.runtime.timings import TimingCache, default_folder
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "verify", "bench", "inspect", "explain", "schemes")
+COMMANDS = ("compile", "verify", "bench", "inspect", "explain", "schemes", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
 # what the library is told when an option is not given
@@ -254,6 +257,9 @@ def test_interrupted_after_the_model_was_written(onnxq, replace, monkeypatch, tm
     *[(["bench", "a.onnx", "--shape", text], "--shape batch=8")
       for text in ("batch", "=8", "batch=", "batch=0", "batch=-1", "batch=x", "batch=8.5", "batch=²")],
     (["bench", "a.onnx", "--shape", "batch=8", "--shape", "batch=9"], "twice"),
+    (["cache", "--older-than", "3"], "--clear"),
+    (["cache", "--clear", "--older-than", "-1"], "--older-than"),
+    (["cache", "--clear", "--kernels"], "exclude each other"),
 ])
 def test_wrong_usage_is_2(onnxq, replace, args, remedy):
     calls = [replace(name, report()) for name in ("compile", "verify", "bench")]
@@ -441,6 +447,79 @@ def test_print_recipe_can_be_read_back(onnxq, tmp_path, options, name):
     path.write_text(result.out)
     assert request.resolve(recipe=path).scheme.name == name
     assert onnxq("compile", "--print-recipe", "--recipe", str(path)).out == result.out
+
+
+# ---------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def kernels(cache_home):
+    """Two environments with a kernel each, the second one 40 days old; gives their folder."""
+    for threads, days in ((2, 0), (4, 40)):
+        cache = TimingCache({"processor": "P", "cpu_flags": ["avx2"], "onnxruntime": "1.31.1", "threads": threads})
+        cache.put({"op": "MatMul", "rows": threads, "graph": "long" * 100},
+                  {"float": KernelTime(2.0, 1.9, 2.2, 300), "int8": KernelTime(0.5, 0.4, 0.6, 900)})
+        cache.note_check("k", 40.0)
+        then = time.time() - days * 86400
+        path = max(default_folder().glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+        os.utime(path, (then, then))
+    assert default_folder().is_relative_to(cache_home)
+    return default_folder()
+
+
+def test_cache_lists_files_and_their_age(onnxq, kernels):
+    result = onnxq("cache")
+    assert (result.status, result.err) == (0, "")
+    title, _, new, old = result.out.splitlines()
+    assert title == f"kernel times in {kernels}"
+    for row, age, threads in ((new, "less than a minute ago", 2), (old, "40 days ago", 4)):
+        assert row.split()[:2] == ["1", "1"]
+        assert f" {age} " in row
+        assert row.endswith(f" B   P (avx2), onnxruntime 1.31.1, {threads} threads")
+
+
+def test_cache_lists_kernels_with_their_candidates(onnxq, kernels):
+    lines = onnxq("cache", "--kernels").out.splitlines()
+    place = lines.index("op MatMul, rows 2")
+    assert lines[place + 1] == "  int8 0.500 ms (0.400 ms to 0.600 ms), float 2.00 ms (1.90 ms to 2.20 ms)"
+    assert "op MatMul, rows 4" in lines[place + 2:]
+
+
+def test_cache_as_json(onnxq, kernels):
+    found = json.loads(onnxq("cache", "--json").out)
+    assert found["folder"] == str(kernels)
+    assert [(f["kernels"], f["checks"], f["environment"]["threads"]) for f in found["files"]] == [(1, 1, 2), (1, 1, 4)]
+    assert "entries" not in found["files"][0]
+    [entry] = json.loads(onnxq("cache", "--json", "--kernels").out)["files"][0]["entries"]
+    assert entry["description"] == {"op": "MatMul", "rows": 2, "graph": "long" * 100}
+    assert entry["times"]["float"] == {"ms": 2.0, "low": 1.9, "high": 2.2, "runs": 300}
+
+
+def test_cache_clears_what_is_old_or_all(onnxq, kernels):
+    result = onnxq("cache", "--clear", "--older-than", "30")
+    assert (result.status, result.out) == (0, f"removed 1 file from {kernels}\n")
+    assert [f["environment"]["threads"] for f in json.loads(onnxq("cache", "--json").out)["files"]] == [2]
+    removed = json.loads(onnxq("cache", "--clear", "--json").out)["removed"]
+    assert [Path(path).parent for path in removed] == [kernels]
+    assert onnxq("cache").out == f"no kernel times in {kernels}\n"
+    assert onnxq("cache", "--clear").out == f"removed 0 files from {kernels}\n"
+
+
+def test_cache_says_which_file_is_damaged(onnxq, kernels):
+    path = next(kernels.glob("*.jsonl"))
+    path.write_text("nonsense\n")
+    result = onnxq("cache", "--kernels")
+    assert result.status == 0
+    assert f"damaged: 1 line of {path} can't be read" in " ".join(result.out.split())
+
+
+def test_a_cache_that_cannot_be_removed_is_3(onnxq, kernels):
+    path = next(kernels.glob("*.jsonl"))
+    path.unlink()
+    path.mkdir()
+    result = onnxq("cache", "--clear")
+    assert (result.status, result.out) == (3, "")
+    assert "can't be removed" in result.err
 
 
 # ---------------------------------------------------------------- help

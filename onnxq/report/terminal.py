@@ -104,6 +104,28 @@ def explanation(found: dict[str, Any]) -> str:
     return _text(draw)
 
 
+def cache(found: dict[str, Any]) -> str:
+    """What `onnxq cache` found: a line per file, and the kernels in it where they are listed."""
+
+    def draw(console: Console) -> None:
+        if not found["files"]:
+            _line(console, f"no kernel times in {wording.clean(found['folder'])}")
+            return
+        _line(console, f"kernel times in {wording.clean(found['folder'])}", "bold")
+        rows = [(str(file["kernels"]), str(file["checks"]), f"{wording.age(file['age_seconds'])} ago",
+                 wording.size(file["bytes"]), wording.clean(wording.measured_in(file))) for file in found["files"]]
+        console.print(_table(("kernels", "checks", "written", "size", "measured on"), rows))
+        for file in found["files"]:
+            if file.get("entries"):
+                _line(console)
+                _line(console, wording.clean(wording.measured_in(file)), "bold")
+            for entry in file.get("entries", ()):
+                _line(console, wording.clean(wording.described(entry["description"])))
+                _line(console, f"  {wording.clean(wording.candidates(entry['times']))}")
+
+    return _text(draw)
+
+
 def schemes(rows: Sequence[tuple[str, str]]) -> str:
     """Names with their summaries."""
     return _text(lambda console: console.print(_table(("scheme", "what it does"), rows)))

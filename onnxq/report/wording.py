@@ -13,6 +13,7 @@ from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
 
 INT8, STORED, GIVEN, FLOAT, FOLDED = "quantized", "stored", "given", "float", "folded"
 KINDS = (INT8, STORED, GIVEN, FLOAT, FOLDED)
+_LONGEST_PART = 100
 _SHARES = re.compile(r"top\d+|topk|f1")  # metrics from 0 to 1 that people read in percent
 
 
@@ -113,6 +114,46 @@ def statistics(found: Mapping[str, Any]) -> Iterator[str]:
         tensor = found.get("sqnr_db_per_tensor")
         whole = f"; with one scale for the whole tensor {decibels(tensor)}" if "sqnr_db_per_tensor" in found else ""
         yield f"quantized it keeps an SQNR of {decibels(found['sqnr_db'])}{whole}"
+
+
+def age(seconds: float) -> str:
+    """'3 hours': the largest unit of which there is at least one."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= length:
+            return plural(int(seconds // length), unit)
+    return "less than a minute"
+
+
+def measured_in(file: Mapping[str, Any]) -> str:
+    """Where a file of kernel times comes from: 'AMD EPYC (avx2), onnxruntime 1.31.1, 2 threads, emitter 1'.
+
+    What the environment names besides processor, runtime and threads stands behind them as it is, where it says
+    anything: an empty set of options does not.
+    """
+    rest = dict(file["environment"])
+    flags = ", ".join(map(str, rest.pop("cpu_flags", ())))
+    parts = [f"{rest.pop('processor', '')}{f' ({flags})' if flags else ''}"]
+    if "onnxruntime" in rest:
+        parts.append(f"onnxruntime {rest.pop('onnxruntime')}")
+    if "threads" in rest:
+        parts.append(threads(rest.pop("threads")))
+    parts += [f"{name} {value}" for name, value in rest.items() if value not in ({}, [], None)]
+    if file["damaged_lines"]:
+        parts.append(f"damaged: {plural(file['damaged_lines'], 'line')} of {file['path']} can't be read")
+    return ", ".join(part for part in parts if part)
+
+
+def described(description: Mapping[str, Any]) -> str:
+    """A kernel in a line: 'op MatMul, shapes [[8, 64], [64, 64]]'; whole graphs are left out."""
+    parts = (f"{name} {value}" for name, value in description.items())
+    return ", ".join(part for part in parts if len(part) <= _LONGEST_PART)
+
+
+def candidates(times: Mapping[str, Mapping[str, float]]) -> str:
+    """Candidates of a kernel, the fastest first: 'int8 0.300 ms (0.299 ms to 0.310 ms), float 2.00 ms (...)'."""
+    return ", ".join(f"{name} {milliseconds(found['ms'])} ({milliseconds(found['low'])} to "
+                     f"{milliseconds(found['high'])})"
+                     for name, found in sorted(times.items(), key=lambda item: item[1]["ms"]))
 
 
 def plural(count: int, noun: str) -> str:

@@ -15,17 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-from onnxq.errors import DataError, UsageError
-from onnxq.runtime.session import Session
+from onnxq.errors import DataError
+from onnxq.runtime.blocks import LEAST_RUNS, alternate
+from onnxq.runtime.session import Session, SessionOptions
 
-_LEAST_RUNS = 6
-_WARMUP_RUNS = 2
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -60,14 +58,11 @@ def compare(
     first third of a block's runs is dropped, the median of the rest stands for it. Odd rounds go A B, even rounds B A,
     so that a machine that slows down or speeds up favours neither. `progress` is called after each round.
 
-    Blocks, and not one run of each in turn, because the threads of an onnxruntime session don't go to sleep when a run
-    ends: they spin for some while, waiting for more. With the other session's run right behind, they hold the cores
-    that it needs, which slows the faster of the two most and so pulls every ratio towards 1. Within a block only one
-    session works; the other's threads fall asleep in the third that is dropped.
+    Why blocks: see onnxq.runtime.blocks.
 
     Raises UsageError for `block_seconds` or `rounds` that are not positive.
     """
-    return _compare(a, b, block_seconds, rounds, _LEAST_RUNS, progress)
+    return _compare(a, b, block_seconds, rounds, LEAST_RUNS, progress)
 
 
 def compare_models(
@@ -90,7 +85,7 @@ def compare_models(
     if not feeds:
         raise DataError("there are no feeds to time the models on; give at least one")
     count = len(feeds)
-    least_cycles = max(3, math.ceil(_LEAST_RUNS / count))
+    least_cycles = max(3, math.ceil(LEAST_RUNS / count))
     timing = _compare(_cycle(a, feeds), _cycle(b, feeds), block_seconds, rounds, least_cycles, progress)
     return replace(timing, a_ms=timing.a_ms / count, b_ms=timing.b_ms / count)
 
@@ -101,9 +96,8 @@ def time(a: Callable[[], None], *, block_seconds: float = 0.5, rounds: int = 5) 
     For choosing between candidates that are timed in one go; for a speedup use `compare`.
     Raises UsageError for `block_seconds` or `rounds` that are not positive.
     """
-    _check(block_seconds, rounds)
-    _warm_up(a)
-    return median(_block_ms(a, block_seconds, _LEAST_RUNS) for _ in range(rounds))
+    [blocks] = alternate({"": [a]}, block_seconds=block_seconds, rounds=rounds).values()
+    return median(block.ms for block in blocks)
 
 
 def peak_memory_bytes() -> int:
@@ -151,6 +145,25 @@ def environment() -> dict[str, object]:
     }
 
 
+def kernel_environment(options: SessionOptions, emitter: int) -> dict[str, object]:
+    """All that a kernel's time depends on, apart from the kernel: what tells one TimingCache from another.
+
+    Of `environment`: `processor`, `cpu_flags`, `onnxruntime`, and, where onnxruntime chooses the number of threads by
+    them, `cores`. Of the session's `options`: `threads` (0: onnxruntime's choice), `provider`, `optimize`, `config`.
+    `emitter` is the version of what writes the kernels' graphs, onnxq.passes.lower.EMITTER_VERSION.
+    """
+    found = environment()
+    kept = ("processor", "cpu_flags", "onnxruntime", *(() if options.threads else ("cores",)))
+    return {
+        **{key: found[key] for key in kept},
+        "threads": options.threads,
+        "provider": options.provider,
+        "optimize": options.optimize,
+        "config": dict(sorted(options.config)),
+        "emitter": emitter,
+    }
+
+
 def _compare(
     a: Callable[[], None],
     b: Callable[[], None],
@@ -159,20 +172,9 @@ def _compare(
     least_runs: int,
     progress: Callable[[], None] | None,
 ) -> Timing:
-    _check(block_seconds, rounds)
-    _warm_up(a)
-    _warm_up(b)
-    pairs: list[tuple[float, float]] = []
-    for number in range(rounds):
-        if number % 2 == 0:
-            a_ms = _block_ms(a, block_seconds, least_runs)
-            b_ms = _block_ms(b, block_seconds, least_runs)
-        else:
-            b_ms = _block_ms(b, block_seconds, least_runs)
-            a_ms = _block_ms(a, block_seconds, least_runs)
-        pairs.append((a_ms, b_ms))
-        if progress is not None:
-            progress()
+    blocks = alternate({"a": [a], "b": [b]}, block_seconds=block_seconds, rounds=rounds, least_runs=least_runs,
+                       progress=progress)
+    pairs = [(a_block.ms, b_block.ms) for a_block, b_block in zip(blocks["a"], blocks["b"], strict=True)]
     ratios = [a_ms / b_ms for a_ms, b_ms in pairs]
     return Timing(
         a_ms=median(a_ms for a_ms, _ in pairs),
@@ -182,31 +184,6 @@ def _compare(
         ratio_high=max(ratios),
         rounds=rounds,
     )
-
-
-def _check(block_seconds: float, rounds: int) -> None:
-    if not block_seconds > 0:
-        raise UsageError(f"block_seconds is {block_seconds}; give a positive number of seconds")
-    if rounds < 1:
-        raise UsageError(f"rounds is {rounds}; give at least 1")
-
-
-def _warm_up(call: Callable[[], None]) -> None:
-    """The first runs allocate and touch memory for the first time; no block should hold them."""
-    for _ in range(_WARMUP_RUNS):
-        call()
-
-
-def _block_ms(call: Callable[[], None], seconds: float, least_runs: int) -> float:
-    """Milliseconds per run: the median of one block's runs after its first third."""
-    runs: list[float] = []
-    start = before = perf_counter()
-    while len(runs) < least_runs or before - start < seconds:
-        call()
-        after = perf_counter()
-        runs.append(after - before)
-        before = after
-    return median(runs[len(runs) // 3 :]) * 1000.0
 
 
 def _cycle(session: Session, feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> Callable[[], None]:

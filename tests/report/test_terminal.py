@@ -25,6 +25,32 @@ def report(**parts):
 # ---------------------------------------------------------------- words
 
 
+@pytest.mark.parametrize(("seconds", "words"), [
+    (0, "less than a minute"), (60, "1 minute"), (7199, "1 hour"), (86400, "1 day"), (40 * 86400 + 5, "40 days")])
+def test_ages(seconds, words):
+    assert wording.age(seconds) == words
+
+
+@pytest.mark.parametrize(("environment", "words"), [
+    ({"processor": "P", "cpu_flags": ["avx2", "fma"], "onnxruntime": "1.31.1", "threads": 2},
+     "P (avx2, fma), onnxruntime 1.31.1, 2 threads"),
+    ({"threads": 0, "config": {}, "emitter": 3, "processor": "P", "cpu_flags": []}, "P, default threads, emitter 3"),
+    ({}, "")])
+def test_environments(environment, words):
+    assert wording.measured_in({"environment": environment, "damaged_lines": 0}) == words
+
+
+def test_kernels_are_described_without_their_graphs():
+    assert wording.described({"op": "MatMul", "shapes": [[8, 64]], "graph": "x" * 200}) == (
+        "op MatMul, shapes [[8, 64]]")
+
+
+def test_the_fastest_candidate_comes_first():
+    times = {"slow": {"ms": 2.0, "low": 1.9, "high": 2.1, "runs": 6}, "fast": {"ms": 0.5, "low": 0.5, "high": 0.6,
+                                                                             "runs": 6}}
+    assert wording.candidates(times) == "fast 0.500 ms (0.500 ms to 0.600 ms), slow 2.00 ms (1.90 ms to 2.10 ms)"
+
+
 @pytest.mark.parametrize(("count", "words"), [
     (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (519_300, "519.3 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"),
     (2_500_000_000, "2.50 GB")])

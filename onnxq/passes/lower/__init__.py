@@ -14,6 +14,11 @@ from onnxq.passes.lower.separate_linear import SeparateLinear
 from onnxq.passes.lower.shed_dequantize import ShedDequantize
 from onnxq.passes.manager import Pass
 
+# Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
+# other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
+# those of the new ones. Not for a change of names, of order, or of what is emitted where.
+EMITTER_VERSION = 1
+
 
 def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""

@@ -1,0 +1,95 @@
+"""onnxq compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxq.cli.options import (
+    DATA,
+    POSITIVE,
+    debug_option,
+    json_option,
+    max_drop_option,
+    metric_option,
+    quiet_option,
+    threads_option,
+)
+from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
+from onnxq.targets import TARGETS
+
+
+@click.command("compile", short_help="Make a model smaller and faster, and report on it.")
+@click.argument("model", required=False, metavar="MODEL")
+@click.option("-o", "--output", metavar="OUT", help="The file to write.  [default: MODEL.SCHEME.onnx beside the model]")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--scheme", metavar="NAME",
+              help="A named scheme; onnxq schemes lists them.  [default: auto, which is w8a8 with --calib; "
+                   "without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")
+@click.option("--recipe", metavar="FILE", help="A recipe in YAML instead of a scheme; --print-recipe shows the form.")
+@click.option("--calib", metavar="DATA", help=f"Calibration data: {DATA}.")
+@click.option("--ranges", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
+              help="How the ranges of activations are found.  [default: minmax, or the recipe's]")
+@click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
+@click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
+@click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
+@metric_option
+@max_drop_option
+@click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
+              help="Where the model will run.")
+@threads_option
+@click.option("--format", type=click.Choice(["auto", "qdq", "qoperator"]), default="auto", show_default=True,
+              help="qdq: portable QuantizeLinear and DequantizeLinear; qoperator: fused operators; auto: what is best "
+                   "on the target.")
+@click.option("--keep-float", metavar="GLOB", multiple=True,
+              help="Leave nodes float, by the name of the node, its weight, its output or its scope; may be repeated.")
+@click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
+@click.option("--no-measure", is_flag=True,
+              help="Keep the plan's choice without timing it: for reproducible builds, or a machine that is not the "
+                   "target.")
+@click.option("--save-plan", metavar="DIR", help="Write what was decided into this folder: plan.json and plan.npz.")
+@click.option("--plan", metavar="DIR", help="Replay a saved plan: the same bytes again, without data.")
+@json_option
+@quiet_option
+@debug_option
+@click.option("--print-recipe", is_flag=True,
+              help="Print the recipe that these options stand for, and compile nothing.")
+@click.option("--dump", metavar="DIR", help="Write the graph after each pass into this folder.")
+@click.option("--dump-after", metavar="PASS", help="With --dump: after this pass only.")
+def compile_model(model: str | None, scheme: str | None, recipe: str | None, report_folder: str | None,
+                  threads: int | None, no_measure: bool, as_json: bool, quiet: bool, print_recipe: bool,
+                  **options: Any) -> None:
+    """Compile MODEL to a smaller, faster one, and report its size, latency, accuracy, and what became of each node.
+
+    \b
+    Examples:
+      onnxq compile model.onnx
+      onnxq compile model.onnx --calib calib.npz -o small.onnx
+      onnxq compile model.onnx --calib calib.npz --eval eval.npz --metric top1 --max-drop 0.5pt
+      onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
+      onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
+    """
+    from onnxq import compiler, request
+
+    if scheme is not None and recipe is not None:
+        raise click.UsageError("--scheme and --recipe exclude each other; name the scheme in the recipe.")
+    if options["dump_after"] is not None and options["dump"] is None:
+        raise click.UsageError("--dump-after needs --dump DIR, the folder to write to.")
+    options |= {"scheme": scheme or "auto", "recipe": recipe}
+    if print_recipe:
+        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "metric", "max_drop", "keep_float")
+        resolved = request.resolve(**{name: options[name] for name in names})
+        print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
+        return
+    if model is None:
+        raise click.UsageError("Missing argument 'MODEL'; for example: onnxq compile model.onnx")
+    folder = Path(report_folder) if report_folder is not None else None
+    if folder is not None:
+        check_folder(folder)
+    context = click.get_current_context()
+    context.meta[FATE] = "; nothing half-written was left"
+    report = with_progress(compiler.compile, quiet, model, threads=threads or 0, measure=not no_measure, **options)
+    context.meta[FATE] = f"; {report.output} was written"
+    show(report, as_json, quiet, f"wrote {report.output}", folder)

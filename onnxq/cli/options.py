@@ -1,0 +1,45 @@
+"""Options that several commands have, and what they turn texts into."""
+
+from __future__ import annotations
+
+import click
+
+DEBUG = "onnxq.debug"  # key of click's context: is --debug on
+DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, MODULE:FUNCTION giving dicts, or the "
+        "word random")
+POSITIVE = click.IntRange(min=1)
+
+
+def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[DEBUG] = value
+
+
+def axes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    """AXIS=N texts as a mapping."""
+    sizes: dict[str, int] = {}
+    for value in values:
+        axis, size = value.rpartition("=")[::2]
+        if not axis or not (size.isascii() and size.isdigit()) or int(size) < 1:
+            raise click.BadParameter(f"{value!r} is not an axis and a size above 0; write for example --shape batch=8")
+        if axis in sizes:
+            raise click.BadParameter(f"{axis!r} is given twice; give each axis one size")
+        sizes[axis] = int(size)
+    return sizes
+
+
+json_option = click.option("--json", "as_json", is_flag=True,
+                           help="Print one JSON document, and nothing else, on stdout.")
+quiet_option = click.option("-q", "--quiet", is_flag=True,
+                            help="No progress, no summary; errors and failed checks only.")
+debug_option = click.option("--debug", is_flag=True, is_eager=True, expose_value=False, callback=_remember_debug,
+                            help="Show the traceback of an error.")
+threads_option = click.option("--threads", type=POSITIVE, metavar="N",
+                              help="Threads of the runtime.  [default: the runtime's own choice]")
+metric_option = click.option(
+    "--metric", metavar="NAME|MODULE:FUNCTION",
+    help="top1, topk, f1, psnr, spearman, perplexity, cosine or sqnr, or a function f(outputs, labels, inputs) -> "
+         "float with an attribute higher_is_better.")
+max_drop_option = click.option(
+    "--max-drop", metavar="VALUE",
+    help="How much worse the metric may be: 0.5% of the float model's value, 0.5pt (points of a percentage), or 0.005 "
+         "in the metric's own unit.")

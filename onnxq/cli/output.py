@@ -1,0 +1,83 @@
+"""Calling the library, and what its results look like on stdout and stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from onnxq.errors import OutputError
+from onnxq.report import terminal
+from onnxq.report.report import Report
+
+T = TypeVar("T")
+
+FATE = "onnxq.fate"  # key of click's context: what became of the output
+
+
+def with_progress(function: Callable[..., T], quiet: bool, *args: Any, **options: Any) -> T:
+    """Call into the library; what code of the user's prints meanwhile goes to stderr: stdout is for the result."""
+    with contextlib.redirect_stdout(sys.stderr), terminal.progress(quiet) as progress:
+        return function(*args, **options, progress=progress)
+
+
+def show(report: Report, as_json: bool, quiet: bool, last: str, folder: Path | None = None) -> None:
+    """Print a report and save it to `folder`; `last` is the last line. Exits with 1 when a check failed."""
+    for_people = not (as_json or quiet)
+    if for_people:
+        print_text(terminal.summary(report, details=str(folder / "report.json") if folder else "--json") + "\n\n")
+    if folder is not None:
+        report.save(folder)
+    if as_json:
+        print_json(report.to_dict())
+    for notice in report.verdict.notices if not quiet else ():
+        say(f"Note: {notice}", "yellow")
+    for failure in report.verdict.failures:
+        say(f"Failed: {failure}", "red")
+    if for_people:
+        if folder is not None:
+            print_text(terminal.line(f"report in {folder / 'report.html'}"))
+        if last:
+            print_text(terminal.line(last, "green"))
+    elif last and not report.ok:
+        say(f"{last} all the same")
+    click.get_current_context().exit(0 if report.ok else 1)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that can't be made or written before minutes of work go into what belongs there."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(f"the report can't be written to {folder}; choose another --report folder")
+
+
+def print_json(data: Any) -> None:
+    print_text(json.dumps(data, indent=1))
+
+
+def print_text(text: str) -> None:
+    """Text on stdout, its line end added if it has none."""
+    try:
+        click.echo(text.removesuffix("\n"), color=True)  # rich has decided on colours
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        forget_output()
+        raise OutputError(f"standard output can't be written ({e.strerror}); free some space or send it elsewhere"
+                          ) from None
+
+
+def say(text: str, style: str = "") -> None:
+    click.echo(terminal.line(text, style, err=True), err=True, color=True)
+
+
+def forget_output() -> None:
+    """Drop what stdout still holds: Python would try again, and complain, when it ends."""
+    with contextlib.suppress(OSError, ValueError):  # a stream of a test has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,34 @@
+"""onnxq schemes."""
+
+from __future__ import annotations
+
+import click
+import yaml
+
+from onnxq import recipe as recipes
+from onnxq.cli.options import debug_option, json_option
+from onnxq.cli.output import print_json, print_text
+from onnxq.report import terminal
+
+
+@click.command("schemes", short_help="List the named schemes.")
+@click.argument("name", required=False, metavar="[NAME]")
+@json_option
+@debug_option
+def list_schemes(name: str | None, as_json: bool) -> None:
+    """List the named schemes, or print the YAML of the scheme NAME.
+
+    \b
+    Examples:
+      onnxq schemes
+      onnxq schemes w8a8
+    """
+    if name is not None:
+        text = recipes.scheme_text(name)
+        print_json(yaml.safe_load(text)) if as_json else print_text(text)
+        return
+    rows = [(known, recipes.scheme(known).summary) for known in recipes.scheme_names()]
+    if as_json:
+        print_json([{"name": known, "summary": text} for known, text in rows])
+    else:
+        print_text(terminal.schemes(rows))
