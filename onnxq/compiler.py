@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onnxq import verification
-from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset, open_data
-from onnxq.errors import OnnxqError, OutputError, UsageError
+from onnxq.calibration.shapes import resized
+from onnxq.errors import DataError, ModelError, OutputError, UsageError
 from onnxq.explanation import codes
 from onnxq.graph import Graph, Node, load, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
@@ -22,24 +22,22 @@ from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
-from onnxq.planner import correction
-from onnxq.planner.outline import outline
+from onnxq.planner.pricing import Prices
 from onnxq.planner.replay import replayed
-from onnxq.planner.retreat import all_float, without_int8
-from onnxq.planner.scales import finish
+from onnxq.planning import Planning
 from onnxq.progress import Progress, Silent
-from onnxq.recipe import Calibration, Recipe
+from onnxq.recipe import Recipe
 from onnxq.recipe import scheme as named_scheme
-from onnxq.report.report import Latency, NodeRow, Report, Size
-from onnxq.request import AUTO, FORMATS, Request, check, resolve
+from onnxq.report.report import NodeRow, Report, Size
+from onnxq.request import AUTO, FORMATS, OBJECTIVES, Request, check, resolve
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.settling import Settling
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
 _AGREEMENT_ROWS = 64  # enough to tell agreement; a metric is measured on all of the evaluation data
-_CLEARLY = 1.5  # times as fast: what the more accurate of two dynamic schemes may cost where nobody measures accuracy
 
 
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
@@ -48,6 +46,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
             keep_float: Sequence[str] = (), force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
+            objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
             dump: str | Path | None = None, dump_after: str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
@@ -56,7 +55,10 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
     `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written even when a check
     fails: look at `Report.ok`. `save_plan` names a folder for all that was decided; given as `plan`, it is replayed:
-    the same Plan on the same model gives the same bytes, without data, on any machine. Raises UsageError for a wrong
+    the same Plan on the same model gives the same bytes, without data, on any machine. Nodes run in integers where the
+    target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
+    `objective` balanced, latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or
+    integers. `measure` False takes the target's tables instead. Raises UsageError for a wrong
     call and the other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
@@ -69,6 +71,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     here = target_here(target)
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
+    if objective not in OBJECTIVES:
+        raise UsageError(f"there is no objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
     coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
         model, destination, chosen, here, SessionOptions(here.provider, threads),
@@ -76,7 +80,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         here.format if format == AUTO else format, measure,
         Path(dump) if dump is not None else None, dump_after,
         replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None, saved,
-        Path(save_plan) if save_plan is not None else None)
+        Path(save_plan) if save_plan is not None else None, objective,
+        {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in (shapes or {}).items()})
     check(request, force)
     return _Compilation(request, progress or Silent()).run()
 
@@ -91,6 +96,7 @@ class _Compilation:
         self.removed: list[NodeRow] = []
         self.reference = self.rival = request.model  # what figures are told against, what int8 has to beat
         self.made: dict[str, tuple[str, ...]] = {}
+        self.prices: Prices | None = None
 
     def run(self) -> Report:
         request = self.request
@@ -104,33 +110,36 @@ class _Compilation:
                 verification.check_labels(request.goal, scored)
         with self.stage("canonicalize"):
             self._canonicalize(graph)
-        self.context.plan = self._plan(graph, calib)
-        canonical = graph.copy()
+        self.planning = self._planning(graph, calib, self.recipe)
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
-            if canonical.half or self.removed:
-                self._float_form(canonical, Path(folder) / "float.onnx")
+            if graph.half or self.removed:
+                self._float_form(Path(folder) / "float.onnx")
+            feeds, source = self._feeds(evaluation or calib)
+            self._decide(feeds, source, compiled)
             with self.stage("rewrite"):
-                self._write(graph, compiled, twin)
-            graph = self._verify(graph, canonical, compiled, twin, calib, evaluation)
+                graph = self._write(compiled, twin)
+            self._verify(compiled, twin, feeds, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
             if request.save_plan is not None:
                 self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
-        codes.connect(self.report.nodes, self.context.plan.nodes, canonical)
-        self.report.tensors = codes.planned(self.context.plan, canonical)
+        codes.connect(self.report.nodes, self.context.plan.nodes, self.planning.graph)
+        self.report.tensors = codes.planned(self.context.plan, self.planning.graph)
+        for row in self.report.nodes:
+            row.times = self.prices.of(row.name) if self.prices is not None else {}
         self.report.nodes += self.removed
         return self.report
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return verification.stage(self.report, self.progress, name)
 
-    def _float_form(self, canonical: Graph, path: Path) -> None:
+    def _float_form(self, path: Path) -> None:
         """What int8 has to beat is the canonical float graph, which may be much faster than the model as it came (its
         BatchNormalizations folded, in float32 where it was half); figures are told against the model where it runs."""
-        options = self.request.options
+        options, canonical = self.request.options, self.planning.graph
         runs = verification.runs(self.request.model, options)
         if runs and not self.request.measure:
             return
@@ -152,28 +161,35 @@ class _Compilation:
         self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.removed = verification.removed_rows(removals)
 
-    def _plan(self, graph: Graph, calib: Dataset | None) -> Plan:
-        recipe, target = self.recipe, self.request.target
-        with self.stage("plan"):
-            if self.request.plan is not None:
-                return replayed(self.request.plan, graph)
-            found = outline(graph, recipe, target)
-        ranges = {}
-        if found.ranges_of and calib is not None:
-            with self.stage("calibrate"):
-                self.progress.total(_rows(calib, recipe.calibration))
-                ranges = observer.observe(graph, found.ranges_of, calib, recipe.calibration, self.request.options,
-                                          self.progress.step, recipe.scheme.activations)
-        with self.stage("scales"):
-            plan = finish(found, graph, ranges, recipe, target)
-        if calib is not None and plan.changes and recipe.bias_correction:
-            with self.stage("correct"):
-                self.progress.total(correction.ROWS)
-                plan.bias_shifts = correction.mean_errors(graph, plan, calib, recipe.calibration, self.request.options,
-                                                          self.progress.step)
-        if calib is not None and (ranges or plan.bias_shifts):
-            self._data_notices(calib, "calibration")
-        return plan
+    def _planning(self, graph: Graph, calib: Dataset | None, recipe: Recipe) -> Planning:
+        request = self.request
+        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage)
+
+    def _decide(self, feeds: list[dict[str, Any]], source: str, compiled: Path) -> None:
+        """Find the Plan: a saved one, the table's, or what measuring makes of that."""
+        request, planning = self.request, self.planning
+        if request.plan is not None:
+            with self.stage("plan"):
+                self.context.plan = replayed(request.plan, planning.graph)
+        elif not feeds or not request.measure:
+            self.context.plan = planning.plan()
+        else:
+            other = (self._planning(planning.graph, None, request.alternative) if request.alternative is not None
+                     else None)
+            found = Settling(request, self.report, self.progress, self._build, self.rival, feeds, source).settle(
+                planning, other)
+            self.planning, self.recipe, self.context.plan = found.planning, found.planning.recipe, found.plan
+            self.report.latency, self.prices = found.latency, found.prices
+        if request.plan is None:
+            self.planning.correct(self.context.plan)
+        self._plan_notices()
+        if self.planning.calib is not None and (self.planning.ranges or self.context.plan.bias_shifts):
+            self._data_notices(self.planning.calib, "calibration")
+        if feeds and request.measure and (self.reference != self.rival or self.report.latency is None):
+            with self.stage("measure"):
+                self._build(self.context.plan, compiled)
+                self.report.latency = verification.latency(self.reference, compiled, feeds, request.options, source,
+                                                           progress=self.progress)
 
     def _plan_notices(self) -> None:
         plan, notices = self.context.plan, self.report.verdict.notices
@@ -199,17 +215,27 @@ class _Compilation:
 
     # -------------------------------------------------------------- rewrite
 
-    def _write(self, graph: Graph, compiled: Path, twin: Path) -> None:
-        self._rewrite(graph, twin)
-        self._sign(graph)
-        save(graph, compiled)
-
-    def _rewrite(self, graph: Graph, twin: Path) -> None:
+    def _write(self, compiled: Path, twin: Path) -> Graph:
+        """Write the model that the Plan makes, and its QDQ form."""
+        graph = self.planning.graph.copy()
         if self.context.plan.changes:
             self._passes(transform(), graph)
             self._passes(quantize(), graph)
             save(graph, twin)
         self._passes(lower(self.request.format), graph)
+        graph.metadata.update({
+            "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
+            "onnxq.plan": self.context.plan.digest()})
+        save(graph, compiled)
+        return graph
+
+    def _build(self, plan: Plan, path: Path) -> None:
+        """Write what a Plan that is not decided on yet would make, to be timed."""
+        graph, context = self.planning.graph.copy(), Context(self.request.target, plan)
+        if plan.changes:
+            PassManager([*transform(), *quantize()]).run(graph, context)
+        PassManager(lower(self.request.format)).run(graph, context)
+        save(graph, path)
 
     def _passes(self, passes: Sequence[Pass], graph: Graph, *hooks: Hook) -> None:
         dump = [self._dump] if self.request.dump is not None else []
@@ -226,26 +252,11 @@ class _Compilation:
                 raise OutputError(f"{folder} can't be made ({e.strerror}); choose another --dump folder") from None
             save(graph, folder / f"{self.dumped:02d}-{step.name}.onnx")
 
-    def _sign(self, graph: Graph) -> None:
-        graph.metadata.update({
-            "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
-            "onnxq.plan": self.context.plan.digest()})
-
     # -------------------------------------------------------------- verify
 
-    def _verify(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, calib: Dataset | None,
-                evaluation: Dataset | None) -> Graph:
-        """Measure, perhaps go back to float, compare; gives the graph to be saved."""
+    def _verify(self, compiled: Path, twin: Path, feeds: list[dict[str, Any]], calib: Dataset | None,
+                evaluation: Dataset | None) -> None:
         request, report = self.request, self.report
-        data = evaluation or calib
-        feeds, source = self._feeds(canonical, data)
-        if feeds and request.measure and self.context.plan.changes:
-            with self.stage("measure"):
-                graph = self._choose(graph, canonical, compiled, twin, feeds, source)
-                self._plan_notices()
-                graph = self._settle(graph, canonical, compiled, twin, feeds, source)
-        else:
-            self._plan_notices()
         if feeds:
             with self.stage("verify"):
                 report.nodes = verification.what_ran(self.context.plan, compiled, feeds, request.options,
@@ -255,79 +266,23 @@ class _Compilation:
                                                             report.verdict)
         else:
             report.nodes = [verification.row(n) for n in self.context.plan.nodes.values()]
-        self._accuracy(compiled, data, evaluation)
-        return graph
+        self._accuracy(compiled, evaluation or calib, evaluation)
 
-    def _feeds(self, graph: Graph, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+    def _feeds(self, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
         """One batch to time and read back on; without data a random one, which is said wherever it is used."""
-        batch = self.request.recipe.calibration.batch
+        batch, ports, shapes = self.request.recipe.calibration.batch, self.planning.graph.ports(), self.request.shapes
         if data is not None:
-            return verification.first_feeds(data, batch, 1), data.name
+            return resized(verification.first_feeds(data, batch, 1)[0], ports, shapes), data.name
         try:
-            feeds = verification.first_feeds(open_data("random", graph.ports()), batch, 1)
+            feeds = resized(verification.first_feeds(open_data("random", ports), batch, 1)[0], ports, shapes)
             Session(self.reference, self.request.options).run(feeds[0])
-        except OnnxqError:
+        except (DataError, ModelError):
             self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
                                                "nothing was timed or read back; give --calib or --eval")
             return [], ""
         self.report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                            "give --eval DATA")
         return feeds, "random inputs"
-
-    def _choose(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, feeds: list[dict[str, Any]],
-                source: str) -> Graph:
-        """Time the result, and that of the request's second recipe: it is taken where it is clearly faster."""
-        first = self.report.latency = self._time(compiled, feeds, source)
-        if self.request.alternative is None:
-            return graph
-        before, self.recipe = (self.recipe, self.context.plan), self.request.alternative
-        self.context.plan = self._plan(canonical, None)
-        with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-            self._write(canonical.copy(), Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx")
-            second = self._time(Path(folder) / "compiled.onnx", feeds, source)
-        better = verification.slower(first) and not verification.slower(second)
-        if not better and second.speedup <= _CLEARLY * first.speedup:
-            self.recipe, self.context.plan = before
-            return graph
-        self.report.verdict.notices.append(
-            f"{self.recipe.scheme.name} was chosen: {second.speedup:.2f}x as fast as float, where "
-            f"{before[0].scheme.name}, more accurate, reached {first.speedup:.2f}x; --scheme decides otherwise")
-        other = canonical.copy()
-        self._write(other, compiled, twin)
-        self.report.scheme, self.report.recipe, self.report.latency = (
-            self.recipe.scheme.name, self.recipe.to_dict(), second)
-        return other
-
-    def _settle(self, graph: Graph, canonical: Graph, compiled: Path, twin: Path, feeds: list[dict[str, Any]],
-                source: str) -> Graph:
-        """Time the result; what is slower than float gives way to float kernels, then to the float graph as it came."""
-        while True:
-            found = self.report.latency or self._time(compiled, feeds, source)
-            self.report.latency = found
-            if self.request.plan is not None or not self.context.plan.changes or not verification.slower(found):
-                break
-            self.context.plan = self._retreat(canonical, found)
-            self.report.latency = None
-            graph = canonical.copy()
-            self._write(graph, compiled, twin)
-        if self.reference != self.rival:
-            self.report.latency = self._time(compiled, feeds, source, self.reference)
-        return graph
-
-    def _time(self, compiled: Path, feeds: list[dict[str, Any]], source: str, against: Path | None = None) -> Latency:
-        return verification.latency(against or self.rival, compiled, feeds, self.request.options, source,
-                                    progress=self.progress)
-
-    def _retreat(self, canonical: Graph, found: Latency) -> Plan:
-        plan, notices = self.context.plan, self.report.verdict.notices
-        took = f"{found.compiled_ms:.3g} against {found.float_ms:.3g} ms"
-        if plan.quantized():
-            notices.append(f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({took}); "
-                           "--no-measure keeps it all the same")
-            return without_int8(plan, canonical, self.recipe, self.request.target,
-                                f"int8 does not pay here: {took} in float")
-        notices.append(f"decoding the stored weights takes time here ({took}), so they stay float")
-        return all_float(plan, f"decoding stored weights does not pay here: {took} in float")
 
     def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
         request = self.request
@@ -351,10 +306,3 @@ def _results(graph: Graph, node: Node) -> tuple[str, ...]:
     behind = verification.ACTIVATIONS | ({"Add"} if node.op == "MatMul" else set())
     fused = reader.outputs if reader is not None and reader.op in behind else []
     return tuple(t.name for t in [*node.outputs, *fused])
-
-
-def _rows(data: Dataset, how: Calibration) -> int | None:
-    known = [n for n in (data.rows, how.samples) if n is not None]
-    return min(known) if known else None
-
-

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from onnxq.targets import Target
 from onnxq.verification import Goal
 
 AUTO = "auto"
+OBJECTIVES = ("balanced", "latency", "size")
 FORMATS = (AUTO, "qdq", "qoperator")
 
 
@@ -30,7 +31,8 @@ class Request:
     """One call of compile(), checked: what is to be made of which model, and how.
 
     `alternative` is a second recipe to try, which is taken when its result is clearly faster. `plan` is replayed as it
-    is, and what was decided is saved into the folder `save_plan`.
+    is, and what was decided is saved into the folder `save_plan`. `objective` is what equally fast choices go by;
+    `shapes` gives free axes the sizes to time with (several: all of them, each alike).
     """
 
     model: Path
@@ -48,6 +50,8 @@ class Request:
     alternative: Recipe | None = None
     plan: Plan | None = None
     save_plan: Path | None = None
+    objective: str = "balanced"
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,

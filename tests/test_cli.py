@@ -29,7 +29,8 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifie
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
     "ranges": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
-    "force": False, "measure": True, "save_plan": None, "plan": None, "dump": None, "dump_after": None}
+    "force": False, "measure": True, "objective": "balanced", "shapes": {},
+    "save_plan": None, "plan": None, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
 BENCHED = {"model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9, "high": 2.1,
@@ -110,6 +111,8 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
     (["--no-measure"], {"measure": False}),
     (["--save-plan", "p"], {"save_plan": "p"}),
+    (["--objective", "size"], {"objective": "size"}),
+    (["--shape", "batch=1", "--shape", "seq=64,128"], {"shapes": {"batch": (1,), "seq": (64, 128)}}),
     (["--plan", "p"], {"plan": "p"}),
     (["--dump", "d"], {"dump": "d"}),
     (["--dump", "d", "--dump-after", "fold"], {"dump": "d", "dump_after": "fold"}),

@@ -15,9 +15,11 @@ from onnxq.cli.options import (
     max_drop_option,
     metric_option,
     quiet_option,
+    sizes,
     threads_option,
 )
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
+from onnxq.request import OBJECTIVES
 from onnxq.targets import TARGETS
 
 
@@ -46,6 +48,12 @@ from onnxq.targets import TARGETS
 @click.option("--keep-float", metavar="GLOB", multiple=True,
               help="Leave nodes float, by the name of the node, its weight, its output or its scope; may be repeated.")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
+              help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
+                   "int8 makes hardly faster; size keeps int8 that is hardly slower.")
+@click.option("--shape", "shapes", metavar="AXIS=N[,N]", multiple=True, callback=sizes,
+              help="The size of a free axis to time with, or several that all count; may be repeated.  [default: that "
+                   "of the data]")
 @click.option("--no-measure", is_flag=True,
               help="Keep the plan's choice without timing it: for reproducible builds, or a machine that is not the "
                    "target.")
@@ -69,6 +77,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz -o small.onnx
       onnxq compile model.onnx --calib calib.npz --eval eval.npz --metric top1 --max-drop 0.5pt
       onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
+      onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
     """
     from onnxq import compiler, request

@@ -14,17 +14,27 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
     ctx.meta[DEBUG] = value
 
 
-def axes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    """AXIS=N texts as a mapping."""
-    sizes: dict[str, int] = {}
+def sizes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """AXIS=N and AXIS=N,N texts as a mapping."""
+    found: dict[str, tuple[int, ...]] = {}
     for value in values:
-        axis, size = value.rpartition("=")[::2]
-        if not axis or not (size.isascii() and size.isdigit()) or int(size) < 1:
-            raise click.BadParameter(f"{value!r} is not an axis and a size above 0; write for example --shape batch=8")
-        if axis in sizes:
-            raise click.BadParameter(f"{axis!r} is given twice; give each axis one size")
-        sizes[axis] = int(size)
-    return sizes
+        axis, given = value.rpartition("=")[::2]
+        parts = given.split(",")
+        if not axis or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in parts):
+            raise click.BadParameter(f"{value!r} is not an axis and sizes above 0; write for example --shape batch=8")
+        if axis in found:
+            raise click.BadParameter(f"{axis!r} is given twice; separate its sizes by commas")
+        found[axis] = tuple(int(p) for p in parts)
+    return found
+
+
+def axes(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    """AXIS=N texts as a mapping."""
+    found = sizes(context, parameter, values)
+    for axis, given in found.items():
+        if len(given) > 1:
+            raise click.BadParameter(f"{axis!r} has several sizes; give each axis one size")
+    return {axis: given[0] for axis, given in found.items()}
 
 
 json_option = click.option("--json", "as_json", is_flag=True,

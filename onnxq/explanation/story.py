@@ -72,6 +72,7 @@ class Story:
     inputs: list[Part] = field(default_factory=list)
     outputs: list[Part] = field(default_factory=list)
     attributes: dict[str, Any] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -82,6 +83,7 @@ def assemble(source: str, model: str, rows: Sequence[NodeRow], encodings: Mappin
     members = [r for r in rows if r.part_of == name]
     story = Story(source, model, name, row.op, row.scheme, row.lowering, row.reason, "", row.ran_as, row.provider,
                   row.ms, row.part_of, [m.name for m in members])
+    story.times = by_name[row.part_of].times if row.part_of in by_name else row.times
     group = [row, *members]
     made, weights = [t for r in group for t in r.outputs], [w for r in group for w in r.weights]
     makers = {t: r for r in rows if r.scheme != wording.FOLDED for t in r.outputs}

@@ -5,11 +5,13 @@ Nodes with weights (Conv, MatMul, Gemm) decide where int8 regions are; which oth
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
 from onnxq.planner import composites, given
+from onnxq.planner.at_run_time import lower_at_run_time
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
 from onnxq.planner.left import lower_left
@@ -23,6 +25,15 @@ NORMS = frozenset({
     "BatchNormalization", "GroupNormalization", "InstanceNormalization", "LRN", "LayerNormalization",
     "LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "SkipLayerNormalization",
 })
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What timing decided against the tables: `refused` maps a node that stays float to the reason, `at_run_time` are
+    those of them whose kernel finds its scale at run time."""
+
+    refused: Mapping[str, str] = field(default_factory=dict)
+    at_run_time: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -51,22 +62,30 @@ class Outline:
             self.ranges_of.append(tensor.name)
 
 
-def outline(graph: Graph, recipe: Recipe, target: Target) -> Outline:
-    """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers)."""
-    outliner = _Outliner(graph, recipe, target)
+_NOTHING = Measured()
+
+
+def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _NOTHING) -> Outline:
+    """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers).
+
+    `measured` names nodes that don't run as the tables say, because timing said otherwise.
+    """
+    outliner = _Outliner(graph, recipe, target, measured)
     found = outliner.run()
+    decided = {*outliner.kept, *measured.refused}
     if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
-        for tensor in lower_left(graph, found.nodes, outliner.kept, recipe.scheme, target):
+        for tensor in lower_left(graph, found.nodes, decided, recipe.scheme, target):
             found.want(graph, tensor)
     if not recipe.scheme.is_float:
-        lower_lstms(graph, found.nodes, outliner.kept, recipe.scheme, target)
+        lower_lstms(graph, found.nodes, decided, recipe.scheme, target)
+        lower_at_run_time(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
     return found
 
 
 class _Outliner:
-    def __init__(self, graph: Graph, recipe: Recipe, target: Target) -> None:
-        self.graph, self.recipe, self.target = graph, recipe, target
+    def __init__(self, graph: Graph, recipe: Recipe, target: Target, measured: Measured) -> None:
+        self.graph, self.recipe, self.target, self.measured = graph, recipe, target, measured
         self.kept = verdicts(graph, recipe)
         self.labels = composites.find(graph)
         self.barred = {*self.kept, *(n.name for _, body in graph.subgraphs() for n, _ in body.walk())}
@@ -106,7 +125,7 @@ class _Outliner:
             return "Softmax stays float: 8 bits are too coarse for its exponentials"
         if node.op not in self.recipe.scheme.operators:
             return _no_kernel(node, self.recipe.scheme, self.target.name)
-        return None
+        return self.measured.refused.get(node.name)
 
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:

@@ -1,27 +1,8 @@
-"""What is left of a Plan whose int8 kernels do not pay on the target."""
+"""The Plan of last resort."""
 
 from __future__ import annotations
 
-from onnxq.graph import Graph
 from onnxq.plan import FLOAT, STORED, NodePlan, Plan
-from onnxq.planner.rules import verdicts
-from onnxq.planner.scales import stored_weights
-from onnxq.planner.storing import store
-from onnxq.recipe import Recipe
-from onnxq.targets import Target
-
-
-def without_int8(plan: Plan, graph: Graph, recipe: Recipe, target: Target,
-                 reason: str) -> Plan:
-    """The Plan with float kernels only, their weights stored as int8 where that makes the file smaller.
-
-    `graph` is the canonical one that the Plan was made for; `reason` is noted for the nodes that change.
-    """
-    found = Plan(plan.scheme, plan.target, {
-        n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int else n for n in plan.nodes.values()})
-    store(graph, found.nodes, verdicts(graph, recipe))
-    stored_weights(graph, found, recipe, target)
-    return found
 
 
 def all_float(plan: Plan, reason: str) -> Plan:

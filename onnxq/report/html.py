@@ -149,6 +149,10 @@ def _group(group: wording.Group) -> str:
     titles = ["node", "planned", "ran as", "provider", "ms"]
     rows = [[node.name, node.lowering, wording.short(node.ran_as), node.provider.removesuffix("ExecutionProvider"),
              "" if node.ms is None else f"{node.ms:.4f}"] for node in group.nodes]
+    if any(node.times for node in group.nodes):
+        titles.append("timed alone")
+        for row, node in zip(rows, group.nodes, strict=True):
+            row.append(wording.raced(node.times))
     if group.kind == wording.INT8:  # the others share their reason, which their heading gives
         titles.append("reason")
         for row, node in zip(rows, group.nodes, strict=True):

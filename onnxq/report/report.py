@@ -115,7 +115,8 @@ class NodeRow:
     `inputs` are the computed tensors that it reads (stored ones are not among them), `outputs` what it makes, by their
     names in the float model; `codes_in` those of its inputs that are read as codes, `codes_out` the tensor that its
     kernel stores as codes (it may lie behind a Relu or Clip that the kernel computes along), `weights` those of its
-    weights that are stored as codes; `part_of` names the node whose kernel computes this one, too.
+    weights that are stored as codes; `part_of` names the node whose kernel computes this one, too. `times` are the
+    milliseconds of the kernels that were timed for it, by itself or with others of its kind; `float` is among them.
     """
 
     name: str
@@ -132,6 +133,7 @@ class NodeRow:
     codes_out: str | None = None
     weights: list[str] = field(default_factory=list)
     part_of: str | None = None
+    times: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; of the fields behind `ms`, those with nothing in them are left out."""
@@ -139,7 +141,7 @@ class NodeRow:
         return {k: v for k, v in data.items() if k not in _MAY_LACK or v}
 
 
-_MAY_LACK = ("inputs", "outputs", "codes_in", "codes_out", "weights", "part_of")
+_MAY_LACK = ("inputs", "outputs", "codes_in", "codes_out", "weights", "part_of", "times")
 
 
 @dataclass

@@ -92,6 +92,8 @@ def explanation(found: dict[str, Any]) -> str:
         _line(console, wording.clean(found["summary"]))
         if found["reason"]:
             _line(console, wording.clean(f"why: {found['reason']}"))
+        if found["times"]:
+            _line(console, wording.clean(f"timed alone: {wording.raced(found['times'])}"))
         _line(console)
         for part in (*found["inputs"], *found["outputs"]):
             _part(console, part)
