@@ -117,9 +117,11 @@ def repeat(graph: Graph, times: int) -> None:
         def copied(tensor: Tensor, copies: dict[str, Any] = copies, number: int = number) -> Tensor:
             if tensor.name in inputs or not tensor.name or (is_constant(tensor) and nbytes(tensor) < _WORTH_COPYING):
                 return tensor
-            if tensor.name not in copies:
-                copies[tensor.name] = tensor.copy()
-                copies[tensor.name].name = f"{tensor.name}#{number}"
+            name = f"{tensor.name}#{number}"
+            if tensor.name not in copies and is_constant(tensor):
+                copies[tensor.name] = gs.Constant(name, graph.read(tensor))  # copies of one would share a name, too
+            elif tensor.name not in copies:
+                copies[tensor.name] = gs.Variable(name, tensor.dtype, tensor.shape)
             return copies[tensor.name]
 
         for node in nodes:
