@@ -134,7 +134,11 @@ def inputs_of(graph: Graph, unit: Unit) -> list[str]:
 def description(graph: Graph, unit: Unit, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
     """What decides how long a unit takes, as plain data: operators, attributes, shapes and types, not the values."""
     members = set(unit.members)
-    nodes = [n for n in graph.nodes if n.name in members]
+    return describe([n for n in graph.nodes if n.name in members], graph, feeds)
+
+
+def describe(nodes: Sequence[Node], graph: Graph, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Any]:
+    """The same of some nodes of a graph."""
     names = {t: str(k) for k, t in enumerate(dict.fromkeys(t.name for n in nodes for t in [*n.inputs, *n.outputs]))}
     constants = [t for n in nodes for t in n.inputs if is_constant(t)]
     return {

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from onnxq.graph import Graph, read_nodes, repeat, save, weight_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.plan import FLOAT, Plan
 from onnxq.planner import conversions
 from onnxq.planner.candidates import FREE, Form, Unit, description, emit, forms, inputs_of, units
+from onnxq.planner.values import Feed, Values
 from onnxq.runtime.observe import executed
 from onnxq.runtime.race import BLOCK_SECONDS, KernelTime, copies_needed, race
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.runtime.timings import TimingCache
 from onnxq.targets import Target
 
-Array = npt.NDArray[Any]
-Feed = Mapping[str, Array]
-
 LEAST_CHECK_DB = 25.0  # codes that are off by one everywhere still agree to about 30 dB
 _ROWS_OF_DECODING = 16  # with more rows than these, reading the weights no longer decides how long a kernel takes
 _MANY_UNITS, _SHORT_SECONDS = 40, 0.1  # larger models get shorter blocks
-_AT_ONCE = 24  # tensors of the float model that are held at once
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose"})
 _MODEL_ROUNDS = 5  # profiled runs, to tell a kernel from the layout conversions around it
 
@@ -66,7 +59,7 @@ def price(graph: Graph, plan: Plan, target: Target, feeds: Sequence[Feed], optio
     """
     found = Prices(units(plan, graph))
     wanted = {t for unit in found.units for t in (*inputs_of(graph, unit), *unit.reads, *unit.makes)}
-    with _Values(graph, feeds, options, wanted) as values:
+    with Values(graph, feeds, options, wanted) as values:
         known: dict[str, dict[str, KernelTime]] = {}
         bench = _Bench(graph, plan, target, options, cache, fmt, found)
         for number, unit in enumerate(found.units):
@@ -183,7 +176,7 @@ class _Candidates:
             save(graph, path)
             session = Session(path, self.bench.options)
             sessions.append(session)
-            calls[name] = [_cycle(session, [form.feed for form in made])]
+            calls[name] = [session.cycle([form.feed for form in made])]
             shares[name] = self._kernel_share(path, made[0])
         many = len(self.bench.found.units) > _MANY_UNITS
         times = race(calls, per_call=dict.fromkeys(calls, self.copies),
@@ -202,52 +195,3 @@ class _Candidates:
 
 def _scaled(time: KernelTime, share: float) -> KernelTime:
     return KernelTime(time.ms * share, time.low * share, time.high * share, time.runs)
-
-
-def _cycle(session: Session, feeds: Sequence[Feed]) -> Callable[[], None]:
-    calls = [session.runner(feed) for feed in feeds]
-
-    def cycle() -> None:
-        for call in calls:
-            call()
-
-    return cycle
-
-
-@dataclass
-class _Read:
-    feeds: list[dict[str, Array]]
-    sizes: dict[str, tuple[int, int]]  # tensor -> (elements over all feeds, rank)
-
-
-class _Values(AbstractContextManager["_Values"]):
-    """Tensors of the float model for given feeds, fetched a few at a time from one session."""
-
-    def __init__(self, graph: Graph, feeds: Sequence[Feed], options: SessionOptions, wanted: Collection[str]) -> None:
-        self.graph, self.feeds, self.options, self.wanted = graph, feeds, options, wanted
-        self.inputs = {t.name for t in graph.inputs}
-        self.held: dict[str, list[Array]] = {}
-
-    def __enter__(self) -> _Values:
-        self.folder = tempfile.TemporaryDirectory(prefix="onnxq-")
-        path = Path(self.folder.name) / "values.onnx"
-        save(self.graph, path, extra_outputs=sorted(set(self.wanted) - self.inputs))
-        self.session = Session(path, SessionOptions(threads=self.options.threads))
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.folder.cleanup()
-
-    def of(self, read: Sequence[str], measured: Sequence[str]) -> _Read:
-        """What a unit reads, per feed, and the size of each tensor in `measured`."""
-        wanted = dict.fromkeys([*read, *measured])
-        missing = [name for name in wanted if name not in self.held and name not in self.inputs]
-        if missing:
-            if len(self.held) + len(missing) > _AT_ONCE:
-                self.held = {name: self.held[name] for name in wanted if name in self.held}
-            runs = [self.session.run(feed, missing) for feed in self.feeds]
-            self.held |= {name: [run[name] for run in runs] for name in missing}
-        arrays = {name: self.held.get(name) or [feed[name] for feed in self.feeds] for name in wanted}
-        feeds = [{name: arrays[name][k] for name in read} for k in range(len(self.feeds))]
-        return _Read(feeds, {name: (sum(a.size for a in arrays[name]), arrays[name][0].ndim) for name in measured})

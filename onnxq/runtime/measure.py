@@ -86,7 +86,7 @@ def compare_models(
         raise DataError("there are no feeds to time the models on; give at least one")
     count = len(feeds)
     least_cycles = max(3, math.ceil(LEAST_RUNS / count))
-    timing = _compare(_cycle(a, feeds), _cycle(b, feeds), block_seconds, rounds, least_cycles, progress)
+    timing = _compare(a.cycle(feeds), b.cycle(feeds), block_seconds, rounds, least_cycles, progress)
     return replace(timing, a_ms=timing.a_ms / count, b_ms=timing.b_ms / count)
 
 
@@ -184,13 +184,3 @@ def _compare(
         ratio_high=max(ratios),
         rounds=rounds,
     )
-
-
-def _cycle(session: Session, feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> Callable[[], None]:
-    calls = [session.runner(feed) for feed in feeds]
-
-    def cycle() -> None:
-        for call in calls:
-            call()
-
-    return cycle

@@ -139,6 +139,16 @@ class Session:
 
         return call
 
+    def cycle(self, feeds: Sequence[Mapping[str, np.ndarray[Any, Any]]]) -> Callable[[], None]:
+        """A call that runs the model on each feed in turn; raises what `runner` raises."""
+        calls = [self.runner(feed) for feed in feeds]
+
+        def cycle() -> None:
+            for call in calls:
+                call()
+
+        return cycle
+
     def end_profiling(self) -> str:
         """Close the profile and return the path of its JSON file. Raises UsageError in a session without profiling."""
         if not self._profiling:

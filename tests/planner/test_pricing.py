@@ -13,7 +13,7 @@ from lowering_support import HERE, ONE_THREAD, canonical, recipe
 
 from onnxq.graph import Graph
 from onnxq.plan import Plan
-from onnxq.planner import pricing
+from onnxq.planner import pricing, values
 from onnxq.planner.candidates import description, emit, forms, inputs_of, units
 from onnxq.planner.outline import outline
 from onnxq.planner.pricing import price
@@ -85,12 +85,12 @@ def test_linear_layers_have_the_kernel_that_finds_its_scale_as_a_candidate(opene
 def test_a_candidate_is_what_the_compiler_writes_and_takes_codes(convs: Planned) -> None:
     graph, plan = convs
     unit = units(plan, graph)[1]
-    values = {"ar": np.abs(random(2, 16, 12, 12))}
-    form, twin = emit(graph, unit, forms(unit, plan, HERE)["QLinearConv"], HERE, values, "qoperator")
+    read = {"ar": np.abs(random(2, 16, 12, 12))}
+    form, twin = emit(graph, unit, forms(unit, plan, HERE)["QLinearConv"], HERE, read, "qoperator")
     assert [n.op for n in form.graph.nodes] == ["QLinearConv"]
     assert [n.op for n in twin.graph.nodes].count("Conv") == 1
     assert {name: v.dtype for name, v in form.feed.items()} == {"ar.q": np.uint8}
-    plain, _ = emit(graph, unit, forms(unit, plan, HERE)["float"], HERE, values, "qoperator")
+    plain, _ = emit(graph, unit, forms(unit, plan, HERE)["float"], HERE, read, "qoperator")
     assert ([n.op for n in plain.graph.nodes], list(plain.feed)) == (["Conv"], ["ar"])
 
 
@@ -163,15 +163,15 @@ def test_small_batches_read_their_weights_from_memory(opened: Opener, races: lis
 
 def test_tensors_are_fetched_a_few_at_a_time(convs: Planned, races: list[list[str]], tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pricing, "_AT_ONCE", 2)
+    monkeypatch.setattr(values, "AT_ONCE", 2)
     held: list[int] = []
-    of = pricing._Values.of
+    of = values.Values.of
 
     def watched(self: Any, *args: Any) -> Any:
         found = of(self, *args)
         held.append(len(self.held))
         return found
 
-    monkeypatch.setattr(pricing._Values, "of", watched)
+    monkeypatch.setattr(values.Values, "of", watched)
     price(*convs, HERE, [FEED], ONE_THREAD, TimingCache({"on": "this"}, tmp_path))
     assert max(held) <= 3  # what one unit needs
