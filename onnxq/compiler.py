@@ -22,10 +22,10 @@ from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
-from onnxq.planner import correction
+from onnxq.planner import correction, masks
 from onnxq.planner.outline import outline
 from onnxq.planner.replay import replayed
-from onnxq.planner.retreat import all_float, without_int8
+from onnxq.planner.retreat import all_float, without_int8, without_masks
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Calibration, Recipe
@@ -158,21 +158,23 @@ class _Compilation:
         with self.stage("plan"):
             if self.request.plan is not None:
                 return replayed(self.request.plan, graph)
-            found = outline(graph, recipe, target)
+            found, hiding = outline(graph, recipe, target), masks.find(graph)
         ranges = {}
-        if found.ranges_of and calib is not None:
+        if calib is not None and (found.ranges_of or hiding.statistics):
             with self.stage("calibrate"):
                 self.progress.total(_rows(calib, recipe.calibration))
-                ranges = observer.observe(graph, found.ranges_of, calib, recipe.calibration, self.request.options,
-                                          self.progress.step, recipe.scheme.activations)
+                ranges = observer.observe(hiding.graph, found.ranges_of, calib, recipe.calibration,
+                                          self.request.options, self.progress.step, recipe.scheme.activations,
+                                          hiding.statistics)
         with self.stage("scales"):
             plan = finish(found, graph, ranges, recipe, target)
-        if calib is not None and plan.changes and recipe.bias_correction:
+            masks.decide(hiding, plan)
+        if calib is not None and plan.quantizes and recipe.bias_correction:
             with self.stage("correct"):
                 self.progress.total(correction.ROWS)
                 plan.bias_shifts = correction.mean_errors(graph, plan, calib, recipe.calibration, self.request.options,
                                                           self.progress.step)
-        if calib is not None and (ranges or plan.bias_shifts):
+        if calib is not None and (ranges or hiding.statistics or plan.bias_shifts):
             self._data_notices(calib, "calibration")
         return plan
 
@@ -181,9 +183,12 @@ class _Compilation:
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
             notices.append(f"{given} nodes were quantized already and are kept")
-        if not plan.changes:
+        if not plan.quantizes:
             notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
                            "each node's reason is in the report")
+        hiding = masks.notice(plan)
+        if hiding is not None:
+            notices.append(hiding)
         if not self.recipe.scheme.is_dynamic:
             return
         convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
@@ -326,6 +331,9 @@ class _Compilation:
             notices.append(f"nothing pays, left float: int8 ran at {found.speedup:.2f}x float here ({took}); "
                            "--no-measure keeps it all the same")
             return without_int8(plan, canonical, self.recipe, f"int8 does not pay here: {took} in float")
+        if not plan.quantizes:
+            notices.append(f"the masks of Softmax stay as they are: to rewrite them does not pay here ({took})")
+            return without_masks(plan)
         notices.append(f"decoding the stored weights takes time here ({took}), so they stay float")
         return all_float(plan, f"decoding stored weights does not pay here: {took} in float")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from onnxq.passes.manager import Pass
+from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.correct_bias import CorrectBias
 from onnxq.passes.transform.keep_layer_norm import KeepLayerNorm
+from onnxq.passes.transform.normal_masks import NormalMasks
 
 
 def transform() -> list[Pass]:
     """The passes in their order."""
-    return [CorrectBias(), KeepLayerNorm()]
+    return [CorrectBias(), AddMasks(), NormalMasks(), KeepLayerNorm()]
