@@ -52,6 +52,11 @@ class Fill:
     reach: float
 
 
+def hides(fill: float, scores: Scores) -> bool:
+    """Whether entries of the number `fill` weigh nothing beside scores of up to REACH times those of `scores`."""
+    return fill <= REACH * min(scores.low, 0.0) - depth(1)
+
+
 def added(scores: Scores) -> Fill | None:
     """What to add to hidden scores, at least REACH times those of `scores`; None where nothing is exact and fast.
 

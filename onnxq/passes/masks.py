@@ -10,7 +10,7 @@ import numpy as np
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 
 ABSORBING = -1e30  # a score added to a number below it leaves it as it is, bit for bit: scores beyond 1e22 do not occur
-HIDING = -1e9  # a score of this size has no weight beside others, whatever they are
+HIDING = -1e4  # a score of this size has no weight beside others, unless they are as large
 _PRODUCTS = frozenset({"Attention", "Conv", "Einsum", "FusedMatMul", "GRU", "Gemm", "LSTM", "MatMul", "MatMulInteger",
                        "MatMulIntegerToFloat", "MatMulNBits", "DynamicQuantizeMatMul", "QLinearMatMul"})
 _FURTHEST = 2000  # nodes above a mask

@@ -6,6 +6,7 @@ streamed run gives them along with all other ranges. Bounds: onnxq.numerics.mask
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from onnxq.plan import BOUNDED, FLOORED, ROW_FLOORED, Masking, Plan
 
 _ROW_FLOOR = -30.0  # below the greatest of a row: exact for up to five million keys
 _MASKS = "; its mask "  # between a node's reason and what is said on masks
+_BEYOND = -1e9  # no scores lie near that, calibrated or not
 _SHALLOW = -80.0  # a mask that adds no less makes no denormals worth mending
 
 
@@ -73,12 +75,16 @@ class _Observed:
 class Masks:
     """The masks of a graph: `graph` is a copy with reductions, `statistics` what their results are folded into.
 
-    `added` are the Wheres that become Adds. `floors` are maskings that the Plan does not hold, since they cost passes
-    over the scores: they pay where denormals are slow, which only a measurement tells.
+    `added` are the Wheres that become Adds, `hidden` the numbers that they select where another one is added, with the
+    Softmax behind, whose scores must lie above; `selected` the Softmaxes behind Wheres that stay. `floors` are maskings
+    that the Plan does not hold, since they cost passes over the scores: they pay where denormals are slow, which only a
+    measurement tells.
     """
 
     graph: Graph
     added: dict[str, float] = field(default_factory=dict)
+    hidden: dict[str, tuple[float, str]] = field(default_factory=dict)
+    selected: list[str] = field(default_factory=list)
     observed: dict[str, _Observed] = field(default_factory=dict)
     statistics: dict[str, Extremes | _Keys] = field(default_factory=dict)
     floors: dict[str, Masking] = field(default_factory=dict)
@@ -89,38 +95,43 @@ class Masks:
 
 def find(graph: Graph) -> Masks:
     """The masks of a canonical graph, which stays as it is; those in bodies of If and Loop are left alone."""
+    found = Masks(graph)
     softmaxes = [n for n in graph.nodes if masks.over_last_axis(graph, n)]
-    added = {w.where.name: fill for n in softmaxes for w, fill in _added(graph, n)}
-    found = Masks(graph, added)
-    if not added and all(masks.added(graph, n) is None for n in softmaxes):
+    for node in softmaxes:
+        _add(found, node)
+    if not found.added and all(masks.added(graph, n) is None for n in softmaxes):
         return found
     found.graph = copy = graph.copy()
-    AddMasks().run(copy, Context(plan=Plan("", "", added=added)))
+    AddMasks().run(copy, Context(plan=Plan("", "", added=found.added)))
     for node in copy.nodes:
         parts = masks.added(copy, node) if masks.over_last_axis(copy, node) else None
-        if parts is not None and all(shape_of(m) and not masks.bounded(copy, m) for m in parts.masks):
+        if parts is not None and node.name not in found.selected and \
+                all(shape_of(m) and not masks.bounded(copy, m) for m in parts.masks):
             _observe(found, parts)
     copy.sort()
     return found
 
 
-def _added(graph: Graph, softmax: Node) -> list[tuple[masks.Selected, float]]:
-    """Wheres above a Softmax that may add, and the number that they add.
+def _add(found: Masks, softmax: Node) -> None:
+    """Note the Where above a Softmax that may add, and the number that it adds.
 
-    A fill that absorbs scores is added as it is: the same bits, whatever else is added. One that merely hides them
-    gives way to one that absorbs where it is the only mask: hidden scores weigh nothing either way, and a row that sees
-    nothing holds one number everywhere, either way.
+    It is the one next to the scores. A fill that absorbs them is added as it is: the same bits, whatever else is added
+    behind. One that merely hides them gives way to one that absorbs where it is the only mask: hidden scores weigh
+    nothing either way, and a row that sees nothing holds one number everywhere, either way.
     """
-    chain = list(masks.selected(graph, softmax))
-    found = [(w, w.fill) for w in chain if w.fill <= masks.ABSORBING]
-    if len(chain) == 1 and not found and chain[0].fill <= masks.HIDING and _alone(graph, softmax, chain[0]):
-        found = [(chain[0], float(np.finfo(np.float32).min))]
-    return [(w, fill) for w, fill in found if _smaller(graph, w)]
-
-
-def _alone(graph: Graph, softmax: Node, found: masks.Selected) -> bool:
-    above = graph.producer(found.scores)
-    return graph.producer(softmax.inputs[0]) is found.where and (above is None or masks.apart(graph, above) is None)
+    graph, chain = found.graph, list(masks.selected(found.graph, softmax))
+    if not chain:
+        return
+    last = chain[-1]
+    above = graph.producer(last.scores)
+    if (above is None or masks.apart(graph, above) is None) and _smaller(graph, last):
+        if last.fill <= masks.ABSORBING:
+            found.added[last.where.name] = last.fill
+        elif last.fill <= masks.HIDING and softmax.inputs[0] is last.where.outputs[0]:
+            found.added[last.where.name] = float(np.finfo(np.float32).min)
+            found.hidden[last.where.name] = last.fill, softmax.name
+    if any(s.where.name not in found.added and s.fill < _SHALLOW for s in chain):
+        found.selected.append(softmax.name)
 
 
 def _smaller(graph: Graph, found: masks.Selected) -> bool:
@@ -164,9 +175,10 @@ def decide(found: Masks, plan: Plan) -> None:
     Nothing is chosen by ranges that were not observed. All layers that share a mask get the fill of the one whose
     scores are the widest, so that the mask is bounded once.
     """
-    plan.added = dict(found.added)
-    for name in found.added:
-        _say(plan, name, "is added instead, which is faster")
+    _decide_added(found, plan)
+    for name in found.selected:
+        found.floors[name] = Masking(name, ROW_FLOORED, _ROW_FLOOR)
+        _say(plan, name, "keeps its fill: it selects scores")
     fills: dict[tuple[str, ...], float] = {}
     for name, seen in found.observed.items():
         stays = _stays(seen)
@@ -181,6 +193,20 @@ def decide(found: Masks, plan: Plan) -> None:
             plan.maskings[name] = Masking(name, BOUNDED, value)
             reach = masking.added_reach(seen.known, value)
             _say(plan, name, f"hides with {value:g}{_exact(seen.known, reach)}")
+
+
+def _decide_added(found: Masks, plan: Plan) -> None:
+    """Enter the Wheres that become Adds; a fill that scores might reach is not replaced by a lower one."""
+    for name, number in found.added.items():
+        fill, softmax = found.hidden.get(name, (-math.inf, ""))
+        seen = found.observed.get(softmax)
+        if fill > _BEYOND and (seen is None or _stays(seen) is not None or not masking.hides(fill, seen.known)):
+            found.selected.append(softmax)
+            found.observed.pop(softmax, None)
+            _say(plan, name, f"is selected still: scores may lie near {fill:g}")
+        else:
+            plan.added[name] = number
+            _say(plan, name, "is added instead, which is faster")
 
 
 def _stays(seen: _Observed) -> str | None:
@@ -233,11 +259,11 @@ def notice(plan: Plan) -> str | None:
     """What a Plan does to masks, in a sentence; None for nothing."""
     told = []
     if plan.added:
-        told.append(f"{len(plan.added)} masks of attention scores are added instead of selected, the same bit for bit")
+        told.append(f"{len(plan.added)} are added instead of selected, the same bit for bit")
     if plan.maskings:
-        told.append(f"{len(plan.maskings)} hide scores with numbers in the range of exp, exact to {masking.ERROR:g} "
-                    "within the margin that the report tells of each Softmax")
-    return "; ".join(told) or None
+        told.append(f"{len(plan.maskings)} hide with numbers in the range of exp, exact to {masking.ERROR:g} within "
+                    "the margin that the report gives for each Softmax")
+    return f"masks of attention scores: {'; '.join(told)}" if told else None
 
 
 def unsaid(reason: str) -> str:

@@ -23,7 +23,8 @@ class NormalMasks(Pass):
     absorbs the scores, the row keeps its very numbers.
     "floor": Softmax(max(s + ((b - p) - p), fill)), one more pass over the scores (Clip). A row that sees nothing is
     lifted above the floor by -p, so that it keeps its weights, which p has rounded.
-    "floor per row": x = s + b, or whatever is in front; Softmax(max(x, ReduceMax(x) + fill)), two more passes.
+    "floor per row": x = s + b, or whatever is in front; Softmax(max(x, p + min(p, fill))) with
+    p = ReduceMax(x), two more passes.
     exp(x) below 2^-126 is denormal and takes many times as long on some processors; the bounds on `fill` are those of
     onnxq.numerics.masking. NaN of a row that sees nothing at all (-inf everywhere) stays but for "floor".
     """
@@ -83,14 +84,20 @@ def _peak(graph: Graph, x: Tensor, name: str) -> Tensor:
     return graph.made(name)
 
 
+def _least(graph: Graph, x: Tensor, fill: float, name: str) -> Tensor:
+    """p + min(p, fill) for the greatest p of each row: `fill` below it, or twice a p that would absorb the fill."""
+    peak = _peak(graph, x, f"{x.name}.peak")
+    number = graph.constant(f"{name}.fill", np.asarray(fill, np.float32))
+    lower, least = graph.like(peak, f"{name}.lower"), graph.like(peak, f"{name}.least")
+    graph.add_node("Min", f"{name}.lower", [peak, number], [lower])
+    graph.add_node("Add", f"{name}.least", [peak, lower], [least])
+    return least
+
+
 def _bounded(graph: Graph, mask: Tensor, fill: float) -> Tensor:
     name = f"{mask.name}.from{fill:g}"
     if not graph.has(name):
-        peak = _peak(graph, mask, f"{mask.name}.peak")
-        number = graph.constant(f"{name}.fill", np.asarray(fill, np.float32))
-        lower, least = graph.like(peak, f"{name}.lower"), graph.like(peak, f"{name}.least")
-        graph.add_node("Min", f"{name}.lower", [peak, number], [lower])
-        graph.add_node("Add", f"{name}.least", [peak, lower], [least])
+        least = _least(graph, mask, fill, name)
         graph.add_node("Max", name, [mask, least], [graph.like(mask, name, np.float32)])
     return graph.made(name)
 
@@ -113,9 +120,5 @@ def _floor(graph: Graph, softmax: Node, plan: Masking) -> None:
 
 def _floor_rows(graph: Graph, softmax: Node, plan: Masking) -> None:
     x, name = softmax.inputs[0], f"{softmax.name}.normal"
-    fill = graph.constant(f"{name}.fill", np.asarray(plan.fill, np.float32))
-    peak = _peak(graph, x, f"{name}.peak")
-    floor = graph.like(peak, f"{name}.floor")
-    graph.add_node("Add", f"{name}.floor", [peak, fill], [floor])
-    graph.add_node("Max", name, [x, floor], [graph.like(x, name)])
+    graph.add_node("Max", name, [x, _least(graph, x, plan.fill, name)], [graph.like(x, name)])
     graph.replace_input(softmax, 0, graph.made(name))
