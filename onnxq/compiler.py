@@ -22,6 +22,7 @@ from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
+from onnxq.planner import masks
 from onnxq.planner.pricing import Prices
 from onnxq.planner.replay import replayed
 from onnxq.planning import Planning
@@ -167,7 +168,7 @@ class _Compilation:
 
     def _decide(self, feeds: list[dict[str, Any]], source: str, compiled: Path) -> None:
         """Find the Plan: a saved one, the table's, or what measuring makes of that."""
-        request, planning = self.request, self.planning
+        request, planning, able = self.request, self.planning, None
         if request.plan is not None:
             with self.stage("plan"):
                 self.context.plan = replayed(request.plan, planning.graph)
@@ -179,11 +180,11 @@ class _Compilation:
             found = Settling(request, self.report, self.progress, self._build, self.rival, feeds, source).settle(
                 planning, other)
             self.planning, self.recipe, self.context.plan = found.planning, found.planning.recipe, found.plan
-            self.report.latency, self.prices = found.latency, found.prices
+            self.report.latency, self.prices, able = found.latency, found.prices, found.able
         if request.plan is None:
             self.planning.correct(self.context.plan)
-        self._plan_notices()
-        if self.planning.calib is not None and (self.planning.ranges or self.context.plan.bias_shifts):
+        self._plan_notices(self.context.plan.quantizes if able is None else able)
+        if self.planning.calib is not None and (self.planning.used_data or self.context.plan.bias_shifts):
             self._data_notices(self.planning.calib, "calibration")
         if feeds and request.measure and (self.reference != self.rival or self.report.latency is None):
             with self.stage("measure"):
@@ -191,14 +192,18 @@ class _Compilation:
                 self.report.latency = verification.latency(self.reference, compiled, feeds, request.options, source,
                                                            progress=self.progress)
 
-    def _plan_notices(self) -> None:
+    def _plan_notices(self, able: bool) -> None:
+        """`able`: whether anything could be quantized, whatever measuring made of it."""
         plan, notices = self.context.plan, self.report.verdict.notices
         given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
         if given:
             notices.append(f"{given} nodes were quantized already and are kept")
-        if not plan.changes:
+        if not able:
             notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
                            "each node's reason is in the report")
+        hiding = masks.notice(plan)
+        if hiding is not None:
+            notices.append(hiding)
         if not self.recipe.scheme.is_dynamic:
             return
         convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
@@ -219,7 +224,7 @@ class _Compilation:
         """Write the model that the Plan makes, and its QDQ form."""
         graph = self.planning.graph.copy()
         if self.context.plan.changes:
-            self._passes(transform(), graph)
+            self._passes(transform(self.context.plan.dropped), graph)
             self._passes(quantize(), graph)
             save(graph, twin)
         self._passes(lower(self.request.format), graph)
@@ -233,7 +238,7 @@ class _Compilation:
         """Write what a Plan that is not decided on yet would make, to be timed."""
         graph, context = self.planning.graph.copy(), Context(self.request.target, plan)
         if plan.changes:
-            PassManager([*transform(), *quantize()]).run(graph, context)
+            PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
         PassManager(lower(self.request.format)).run(graph, context)
         save(graph, path)
 

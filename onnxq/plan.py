@@ -31,6 +31,7 @@ MOVES_CODES = frozenset({
     "Clip", "DepthToSpace", "Expand", "Flatten", "Gather", "MaxPool", "Pad", "Relu", "Reshape", "Resize", "Slice",
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
+BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
 _SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
 
 
@@ -68,12 +69,28 @@ class NodePlan:
         return self.scheme not in (FLOAT, GIVEN, STORED)
 
 
+@dataclass(frozen=True)
+class Masking:
+    """How the hidden scores of one Softmax are raised to where its exponentials stay normal numbers.
+
+    `form` is BOUNDED (the mask is raised, to `fill` below its row's greatest), FLOORED (masked scores are, to `fill`)
+    or ROW_FLOORED (they are, to `fill` below their row's greatest).
+    """
+
+    softmax: str
+    form: str
+    fill: float
+
+
 @dataclass
 class Plan:
     """All verdicts and scales.
 
     `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel);
-    `bias_shifts` a node's name to what is added to its bias, float32 [C].
+    `bias_shifts` a node's name to what is added to its bias, float32 [C]. `added` maps the name of a Where that hides
+    scores to the number that is added to them instead; `maskings` the name of a Softmax to what becomes of its mask.
+    Entries of these two may be left out one by one. `dropped` names passes that rewrite the float graph, and are left
+    out since they gain nothing.
     """
 
     scheme: str
@@ -82,6 +99,9 @@ class Plan:
     activations: dict[str, QuantParams] = field(default_factory=dict)
     weights: dict[str, QuantParams] = field(default_factory=dict)
     bias_shifts: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    added: dict[str, float] = field(default_factory=dict)
+    maskings: dict[str, Masking] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -92,9 +112,14 @@ class Plan:
         return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
 
     @property
-    def changes(self) -> bool:
+    def quantizes(self) -> bool:
         """Whether anything is quantized or stored as codes."""
         return any(n.scheme not in (FLOAT, GIVEN) for n in self.nodes.values())
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is rewritten at all."""
+        return self.quantizes or bool(self.added) or bool(self.maskings)
 
     def digest(self) -> str:
         """SHA-256 over all decisions, in hexadecimal."""
@@ -138,6 +163,9 @@ class Plan:
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],
                                           by_name(spec["dtype"]), spec["axis"], spec["block_size"])
+        plan.added = dict(data.get("added", {}))
+        plan.dropped = tuple(data.get("dropped", ()))
+        plan.maskings = {item["softmax"]: Masking(**item) for item in data.get("maskings", [])}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
 
@@ -147,7 +175,9 @@ class Plan:
 
         return {"scheme": self.scheme, "target": self.target,
                 "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
-                "activations": specs(self.activations), "weights": specs(self.weights)}
+                "activations": specs(self.activations), "weights": specs(self.weights),
+                "dropped": list(self.dropped), "added": self.added,
+                "maskings": [dataclasses.asdict(m) for m in self.maskings.values()]}
 
     def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         pairs: Iterable[tuple[str, dict[str, QuantParams]]] = (

@@ -8,8 +8,11 @@ from contextlib import AbstractContextManager
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph
+from onnxq.passes.transform.add_masks import AddMasks
+from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.plan import Plan
-from onnxq.planner import correction
+from onnxq.planner import correction, masks
+from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, outline
 from onnxq.planner.scales import finish
 from onnxq.progress import Progress
@@ -29,24 +32,42 @@ class Planning:
         self.graph, self.recipe, self.target, self.calib = graph, recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
+        self.hiding: Masks | None = None
+        self.used_data = False
+        self.dropped: set[str] = set()  # rewrites that don't pay, by the name of their pass
+        self.floors = False  # whether floors under masked scores pay
 
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
         with self.stage("plan"):
             found = outline(self.graph, self.recipe, self.target, measured)
+            first, self.hiding = self.hiding is None, self.hiding or masks.find(self.graph)
         unknown = [name for name in found.ranges_of if name not in self.ranges]
-        if unknown and self.calib is not None:
+        beside = self.hiding.statistics if first else {}
+        if self.calib is not None and (unknown or beside):
             with self.stage("calibrate"):
+                self.used_data = True
                 self._start(self.recipe.calibration.samples)
                 self.ranges |= observer.observe(
-                    self.graph, unknown, self.calib, self.recipe.calibration, self.options, self.progress.step,
-                    self.recipe.scheme.activations)
+                    self.hiding.graph, unknown, self.calib, self.recipe.calibration, self.options, self.progress.step,
+                    self.recipe.scheme.activations, beside)
         with self.stage("scales"):
-            return finish(found, self.graph, self.ranges, self.recipe, self.target)
+            plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
+        masks.decide(self.hiding, plan)
+        for name in self.hiding.floors if self.floors else ():
+            masks.use_floor(self.hiding, plan, name)
+        return self._without_dropped(plan)
+
+    def _without_dropped(self, plan: Plan) -> Plan:
+        plan.dropped = tuple(sorted(self.dropped))
+        for step, names in ((AddMasks, plan.added), (NormalMasks, plan.maskings)):
+            for name in list(names) if step.name in self.dropped else ():
+                masks.drop(plan, name, "stays as it is: to rewrite it was measured to gain nothing")
+        return plan
 
     def correct(self, plan: Plan) -> None:
         """Find by how much each layer's bias has to make up for the error of its weights and input."""
-        if self.calib is not None and plan.changes and self.recipe.bias_correction:
+        if self.calib is not None and plan.quantizes and self.recipe.bias_correction:
             with self.stage("correct"):
                 self._start(correction.ROWS)
                 plan.bias_shifts = correction.mean_errors(self.graph, plan, self.calib, self.recipe.calibration,

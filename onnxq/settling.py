@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from onnxq import verification
+from onnxq.graph import Graph
 from onnxq.passes.lower import EMITTER_VERSION
+from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.transform import transform
+from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.plan import Plan
+from onnxq.planner import masks
 from onnxq.planner.choice import by_gain, choose
 from onnxq.planner.outline import Measured
 from onnxq.planner.pricing import Prices, price
-from onnxq.planner.retreat import all_float
+from onnxq.planner.retreat import all_float, without_masks
+from onnxq.planner.rewriting import weigh
 from onnxq.planning import NOTHING, Planning
 from onnxq.progress import Progress
 from onnxq.report.report import Latency, Report
@@ -36,13 +43,17 @@ _CONFIRM_SECONDS, _CONFIRM_ROUNDS = 0.2, 5
 
 @dataclass
 class Settled:
-    """What was decided: the Plan, by which Planning, its time beside float's, and the prices that it went by."""
+    """What was decided: the Plan, by which Planning, its time beside float's, and the prices that it went by.
+
+    `able` tells whether anything could be quantized or stored at all, before it was measured whether it pays.
+    """
 
     plan: Plan
     planning: Planning
     latency: Latency | None = None
     prices: Prices | None = None
     measured: Measured = NOTHING
+    able: bool = True
 
 
 @dataclass
@@ -58,11 +69,17 @@ class Settling:
     source: str
     confirmations: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        self.cache = TimingCache(kernel_environment(self.request.options, EMITTER_VERSION))
+
     def settle(self, planning: Planning, alternative: Planning | None) -> Settled:
         """Choose the scheme where there are two, then each unit's kernel, then go back where the whole is slower."""
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             self.folder = Path(folder)
             found = self._scheme(planning, alternative)
+            found.able = found.plan.quantizes
+            if found.plan.changes:
+                self._rewrites(found)
             if found.plan.quantized():
                 self._kernels(found)
             self._whole(found)
@@ -88,17 +105,48 @@ class Settling:
         self.report.scheme, self.report.recipe = alternative.recipe.scheme.name, alternative.recipe.to_dict()
         return second
 
+    # -------------------------------------------------------------- rewrites
+
+    def _rewrites(self, found: Settled) -> None:
+        """Keep the rewrites of the float graph that measure faster, and floors under masked scores where they do."""
+        planning, options = found.planning, self.request.options
+        with self._stage("time rewrites"):
+            graph, context = planning.graph.copy(), Context(self.request.target, found.plan)
+            for step in transform():
+                if not step.weighed:
+                    continue
+                gain = weigh(graph, step, context, self.feeds, options, self.cache)
+                if gain is not None and gain.fault:
+                    self.report.verdict.notices.append(f"rewrite {step.name} was left out: {gain.fault}")
+                if gain is not None and not gain.pays:
+                    planning.dropped.add(step.name)
+                else:
+                    PassManager([step]).run(graph, context)
+            planning.floors = self._floors(planning, found.plan, graph)
+        if planning.dropped or planning.floors:
+            found.plan, found.latency = planning.plan(), None
+
+    def _floors(self, planning: Planning, plan: Plan, graph: Graph) -> bool:
+        if planning.hiding is None or not planning.hiding.floors or NormalMasks.name in planning.dropped:
+            return False
+        floored = copy.deepcopy(plan)
+        floored.maskings = {}
+        for name in planning.hiding.floors:
+            masks.use_floor(planning.hiding, floored, name)
+        gain = weigh(graph, NormalMasks(), Context(self.request.target, floored), self.feeds, self.request.options,
+                     self.cache)
+        return gain is not None and gain.pays
+
     # -------------------------------------------------------------- kernels
 
     def _kernels(self, found: Settled) -> None:
         """Time kernels, choose by their times, and keep the choice unless the table's is faster as a whole."""
         planning, options = found.planning, self.request.options
         with self._stage("time kernels"):
-            cache = TimingCache(kernel_environment(options, EMITTER_VERSION))
-            found.prices = price(planning.graph, found.plan, self.request.target, self.feeds, options, cache,
+            found.prices = price(planning.graph, found.plan, self.request.target, self.feeds, options, self.cache,
                                  self.request.format, self._priced)
             choice = choose(planning.graph, found.prices, _TIES[self.request.objective])
-        self.report.verdict.notices += [*found.prices.faults, *cache.notices]
+        self.report.verdict.notices += [*found.prices.faults, *self.cache.notices]
         if not choice.refused:
             return
         measured = Measured(choice.refused, choice.at_run_time)
@@ -127,13 +175,15 @@ class Settling:
                 found.latency = self._against_float(found.plan)
         if found.plan.quantized() and not self._pays(found.latency) and not self._fewer(found):
             self._without_int8(found)
-        if found.plan.changes and not found.plan.quantized() and verification.slower(found.latency):
+        if found.plan.quantizes and not found.plan.quantized() and verification.slower(found.latency):
             took = _took(found.latency)
             self.report.verdict.notices.append(f"decoding the stored weights takes time here ({took}), so they stay "
                                                "float")
-            found.plan = all_float(found.plan, f"decoding stored weights does not pay here: {took} in float")
-            with self._stage("measure"):
-                found.latency = self._against_float(found.plan)
+            self._retreat(found, all_float(found.plan, f"decoding stored weights does not pay here: {took} in float"))
+        if found.plan.changes and not found.plan.quantizes and verification.slower(found.latency):
+            self.report.verdict.notices.append("the masks of Softmax stay as they are: to rewrite them does not pay "
+                                               f"here ({_took(found.latency)})")
+            self._retreat(found, without_masks(found.plan))
 
     def _pays(self, latency: Latency) -> bool:
         """Whether int8 gains anything beyond a tie, which goes to the smaller change: float kernels."""
@@ -174,9 +224,12 @@ class Settling:
         reason = f"int8 does not pay here: {took} in float"
         found.measured = Measured({n.node: found.measured.refused.get(n.node, reason) for n in (
             *found.plan.quantized(), *(v for v in found.plan.nodes.values() if v.node in found.measured.refused))})
-        found.plan = found.planning.plan(found.measured)
+        self._retreat(found, found.planning.plan(found.measured))
+
+    def _retreat(self, found: Settled, plan: Plan) -> None:
+        found.plan = plan
         with self._stage("measure"):
-            found.latency = self._against_float(found.plan)
+            found.latency = self._against_float(plan)
 
     def _session(self, plan: Plan, name: str) -> Session:
         path = self.folder / f"{name}.onnx"

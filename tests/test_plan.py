@@ -13,7 +13,7 @@ import pytest
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, UINT4, UINT8, DType
-from onnxq.plan import GIVEN, STORED, NodePlan, Plan
+from onnxq.plan import BOUNDED, FLOORED, GIVEN, STORED, Masking, NodePlan, Plan
 
 
 def params(scale: object, zero: object, dtype: DType, axis: int | None = None, block: int | None = None) -> QuantParams:
@@ -31,7 +31,9 @@ def example() -> Plan:
             NodePlan("q", "QuantizeLinear", GIVEN, GIVEN, "as the model has it"))},
         {"x": params(0.1, 128, UINT8), "../relu:0": params(np.float32(1e-38), 0, UINT8)},
         {"w": params([0.1, 0.2, 0.3], [0, 0, 0], INT8, axis=0),
-         "w4": params(np.full((4, 2), 0.25), np.full((4, 2), 8), UINT4, axis=1, block=32)})
+         "w4": params(np.full((4, 2), 0.25), np.full((4, 2), 8), UINT4, axis=1, block=32)},
+        added={"where": -np.inf, "where/2": float(np.finfo(np.float32).min)},
+        maskings={"soft max": Masking("soft max", BOUNDED, -51.125)})
 
 
 def changed(edit: Callable[[Plan], None]) -> Plan:
@@ -54,6 +56,7 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Plan.load(tmp_path)
     assert again.digest() == plan.digest()
     assert (again.scheme, again.target, again.nodes) == (plan.scheme, plan.target, plan.nodes)
+    assert (again.added, again.maskings) == (plan.added, plan.maskings)
     assert list(again.nodes) == list(plan.nodes)
     for table, wanted in ((again.activations, plan.activations), (again.weights, plan.weights)):
         assert list(table) == list(wanted)
@@ -97,6 +100,11 @@ EDITS: dict[str, Callable[[Plan], None]] = {
     "shape": lambda p: weight(p, scale=p.weights["w"].scale[None], zero_point=p.weights["w"].zero_point[None]),
     "name": lambda p: p.weights.update(w2=p.weights.pop("w")),
     "activation": lambda p: p.activations.update(x=params(0.1, 127, UINT8)),
+    "added": lambda p: p.added.update(where=-1e30),
+    "not added": lambda p: p.added.pop("where"),  # type: ignore[arg-type, return-value]
+    "form": lambda p: p.maskings.update({"soft max": Masking("soft max", FLOORED, -51.125)}),
+    "fill": lambda p: p.maskings.update({"soft max": Masking("soft max", BOUNDED, -51.0)}),
+    "masking": lambda p: p.maskings.clear(),
     "which table": lambda p: p.activations.update(w=p.weights.pop("w")),
 }
 
@@ -104,6 +112,15 @@ EDITS: dict[str, Callable[[Plan], None]] = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_every_decision_is_in_the_digest(edit: str) -> None:
     assert changed(EDITS[edit]).digest() != example().digest()
+
+
+def test_a_plan_may_change_masks_alone() -> None:
+    assert not Plan("", "").changes
+    for plan in (Plan("", "", added={"where": -1e30}),
+                 Plan("", "", maskings={"softmax": Masking("softmax", FLOORED, -50.0)})):
+        assert plan.changes
+        assert not plan.quantizes
+    assert example().quantizes
 
 
 def test_digests_of_equal_plans_are_equal() -> None:

@@ -29,18 +29,20 @@ class Statistic(Protocol):
 
 
 def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions,
-            progress: Progress | None = None, spec: TensorSpec | None = None) -> dict[str, tuple[float, float]]:
+            progress: Progress | None = None, spec: TensorSpec | None = None,
+            beside: Mapping[str, Statistic] | None = None) -> dict[str, tuple[float, float]]:
     """Tensor name -> (min, max) over the data, always with 0 inside; infinities don't count.
 
     The graph runs fully optimized with the wanted tensors as extra outputs; each batch is folded into the running
     ranges and dropped, so memory is that of one batch. `progress` gets the rows done so far. `spec` is how the tensors
-    will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it.
+    will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it. `beside` are statistics
+    of other tensors, folded in the same run.
     Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
     holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
     settings = _settings(how, spec)
     running = {name: ranges.make(how.ranges, **settings) for name in wanted}
-    fold(graph, running, data, how, options, progress)
+    fold(graph, {**running, **(beside or {})}, data, how, options, progress)
     return {name: found.result() for name, found in running.items()}
 
 

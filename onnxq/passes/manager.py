@@ -49,9 +49,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Pass:
-    """A graph rewrite; subclasses give `visit` for one node, or `run` for the whole graph."""
+    """A graph rewrite; subclasses give `visit` for one node, or `run` for the whole graph.
+
+    One that is `weighed` leaves the outputs as they are and is there for speed alone: it is kept where it was measured
+    to be faster, unless nothing is measured.
+    """
 
     name: ClassVar[str] = ""
+    weighed: ClassVar[bool] = False
 
     def run(self, graph: Graph, context: Context) -> bool:
         """Rewrite the graph; whether anything changed. A pass that says nothing else leaves bodies of If/Loop alone."""

@@ -107,7 +107,7 @@ def emit(graph: Graph, unit: Unit, part: Plan, target: Target, values: Mapping[s
     """
     small, context = cut(graph, unit.members, values), Context(target)
     context.plan = part
-    PassManager([*transform(), *quantize()]).run(small, context)
+    PassManager([*transform(part.dropped), *quantize()]).run(small, context)
     twin = small.copy()
     PassManager(lower(fmt)).run(small, context)
     return _fed(small, values), _fed(twin, values)

@@ -10,7 +10,8 @@ from onnxq.plan import Plan
 def replayed(plan: Plan, graph: Graph) -> Plan:
     """A saved Plan for the graph that it was made for. Raises UsageError when it names other nodes or weights."""
     ops = {n.name: n.op for n, _ in graph.walk()}
-    wrong = next((n for n in [*ops, *plan.nodes] if n not in ops or plan.node(n) is None or plan.nodes[n].op != ops[n]),
+    named = [*ops, *plan.nodes, *plan.added, *plan.maskings]
+    wrong = next((n for n in named if n not in ops or plan.node(n) is None or plan.nodes[n].op != ops[n]),
                  None)
     if wrong is not None:
         raise UsageError(f"the plan was made for another model: the two differ in node {wrong!r}; make a plan of this "

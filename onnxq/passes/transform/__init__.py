@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from onnxq.passes.manager import Pass
+from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.correct_bias import CorrectBias
 from onnxq.passes.transform.keep_layer_norm import KeepLayerNorm
+from onnxq.passes.transform.normal_masks import NormalMasks
 
 
-def transform() -> list[Pass]:
-    """The passes in their order."""
-    return [CorrectBias(), KeepLayerNorm()]
+def transform(dropped: Collection[str] = ()) -> list[Pass]:
+    """The passes in their order, without those of the names in `dropped`."""
+    steps: list[Pass] = [CorrectBias(), AddMasks(), NormalMasks(), KeepLayerNorm()]
+    return [step for step in steps if step.name not in dropped]

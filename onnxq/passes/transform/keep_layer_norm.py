@@ -18,6 +18,7 @@ class KeepLayerNorm(Pass):
     """
 
     name: ClassVar[str] = "keep-layer-norm"
+    weighed: ClassVar[bool] = True
 
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Rename the Add in front of one LayerNormalization."""
