@@ -26,7 +26,7 @@ LEAST_CHECK_DB = 25.0  # codes that are off by one everywhere still agree to abo
 _ROWS_OF_DECODING = 16  # with more rows than these, reading the weights no longer decides how long a kernel takes
 _MANY_UNITS, _SHORT_SECONDS = 40, 0.1  # larger models get shorter blocks
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose"})
-_MODEL_ROUNDS = 5  # profiled runs, to tell a kernel from the layout conversions around it
+_MODEL_ROUNDS = 25  # profiled runs, to tell a kernel from the layout conversions around it
 
 
 @dataclass

@@ -12,7 +12,8 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,10 @@ class Executed:
     """A node as it ran.
 
     `op` has the domain before it ("com.microsoft.QLinearAdd") unless that is ai.onnx. `provider` is "" for a node of
-    the optimized graph that no run executed. `ms` is the mean time in milliseconds per run of the model, all of the
-    node's executions in the run added up. Nodes inside If, Loop and Scan bodies, and the kernels of a provider that
-    compiles whole subgraphs, are known from the profile only: they have no inputs and outputs, and a bare `op`.
+    the optimized graph that no run executed. `ms` is the time in milliseconds per run of the model, by the median of
+    the node's executions, all of those in a run added up. Nodes inside If, Loop and Scan bodies, and the kernels of a
+    provider that compiles whole subgraphs, are known from the profile only: they have no inputs and outputs, and a bare
+    `op`.
     """
 
     name: str
@@ -64,13 +66,13 @@ class Planned:
 
 @dataclass
 class _Kernel:
-    """One node of the profile; `microseconds` over all runs."""
+    """One node of the profile; `microseconds` of each of its executions."""
 
     name: str
     op: str
     index: str
     provider: str
-    microseconds: int = 0
+    microseconds: list[int] = field(default_factory=list)
 
 
 def executed(
@@ -215,7 +217,7 @@ def _totals(events: Iterable[dict[str, Any]]) -> list[_Kernel]:
         arguments = event["args"]
         op, index = str(arguments.get("op_name", "")), str(arguments.get("node_index", ""))
         kernel = kernels.setdefault((name, op, index), _Kernel(name, op, index, str(arguments.get("provider", ""))))
-        kernel.microseconds += int(event["dur"])
+        kernel.microseconds.append(int(event["dur"]))
     return list(kernels.values())
 
 
@@ -271,4 +273,5 @@ def _is_generated(kernel: _Kernel) -> bool:
 
 
 def _ms(kernel: _Kernel, runs: int) -> float:
-    return kernel.microseconds / 1000.0 / runs
+    """The median is what runs take; the mean would count the first one, which allocates."""
+    return median(kernel.microseconds) / 1000.0 * len(kernel.microseconds) / runs

@@ -17,7 +17,7 @@ from onnxq.passes.manager import Pass
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
-EMITTER_VERSION = 1
+EMITTER_VERSION = 2
 
 
 def lower(output_format: str) -> list[Pass]:
