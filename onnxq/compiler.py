@@ -177,8 +177,8 @@ class _Compilation:
         else:
             other = (self._planning(planning.graph, None, request.alternative) if request.alternative is not None
                      else None)
-            found = Settling(request, self.report, self.progress, self._build, self.rival, feeds, source).settle(
-                planning, other)
+            found = Settling(request, self.report, self.progress, self._build, self.rival, self.reference, feeds,
+                             source).settle(planning, other)
             self.planning, self.recipe, self.context.plan = found.planning, found.planning.recipe, found.plan
             self.report.latency, self.prices, able = found.latency, found.prices, found.able
         if request.plan is None:
@@ -186,7 +186,7 @@ class _Compilation:
         self._plan_notices(self.context.plan.quantizes if able is None else able)
         if self.planning.calib is not None and (self.planning.used_data or self.context.plan.bias_shifts):
             self._data_notices(self.planning.calib, "calibration")
-        if feeds and request.measure and (self.reference != self.rival or self.report.latency is None):
+        if feeds and request.measure and self.report.latency is None:  # a saved Plan is replayed, not measured again
             with self.stage("measure"):
                 self._build(self.context.plan, compiled)
                 self.report.latency = verification.latency(self.reference, compiled, feeds, request.options, source,
@@ -223,8 +223,8 @@ class _Compilation:
     def _write(self, compiled: Path, twin: Path) -> Graph:
         """Write the model that the Plan makes, and its QDQ form."""
         graph = self.planning.graph.copy()
+        self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:
-            self._passes(transform(self.context.plan.dropped), graph)
             self._passes(quantize(), graph)
             save(graph, twin)
         self._passes(lower(self.request.format), graph)
@@ -237,8 +237,7 @@ class _Compilation:
     def _build(self, plan: Plan, path: Path) -> None:
         """Write what a Plan that is not decided on yet would make, to be timed."""
         graph, context = self.planning.graph.copy(), Context(self.request.target, plan)
-        if plan.changes:
-            PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
+        PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
         PassManager(lower(self.request.format)).run(graph, context)
         save(graph, path)
 

@@ -45,7 +45,8 @@ _CONFIRM_SECONDS, _CONFIRM_ROUNDS = 0.2, 5
 class Settled:
     """What was decided: the Plan, by which Planning, its time beside float's, and the prices that it went by.
 
-    `able` tells whether anything could be quantized or stored at all, before it was measured whether it pays.
+    `able` tells whether anything could be quantized or stored at all, before it was measured whether it pays;
+    `rewritten` whether the float graph gained by rewrites, which int8 has to beat, too.
     """
 
     plan: Plan
@@ -54,17 +55,20 @@ class Settled:
     prices: Prices | None = None
     measured: Measured = NOTHING
     able: bool = True
+    rewritten: bool = False
 
 
 @dataclass
 class Settling:
-    """One compilation's search; `rival` is the float model to beat and `source` what the feeds are."""
+    """One compilation's search: `rival` is the float model to beat, `reference` the one that figures are told against;
+    `source` says what the feeds are."""
 
     request: Request
     report: Report
     progress: Progress
     build: Build
     rival: Path
+    reference: Path
     feeds: Feeds
     source: str
     confirmations: int = field(default=0, init=False)
@@ -78,11 +82,11 @@ class Settling:
             self.folder = Path(folder)
             found = self._scheme(planning, alternative)
             found.able = found.plan.quantizes
-            if found.plan.changes:
-                self._rewrites(found)
+            self._rewrites(found)
             if found.plan.quantized():
                 self._kernels(found)
             self._whole(found)
+            self._beside_the_file(found)
         return found
 
     # -------------------------------------------------------------- scheme
@@ -118,13 +122,16 @@ class Settling:
                 gain = weigh(graph, step, context, self.feeds, options, self.cache)
                 if gain is not None and gain.fault:
                     self.report.verdict.notices.append(f"rewrite {step.name} was left out: {gain.fault}")
-                if gain is not None and not gain.pays:
+                if gain is not None and gain.pays:
+                    found.rewritten |= PassManager([step]).run(graph, context)
+                elif gain is not None:
                     planning.dropped.add(step.name)
-                else:
-                    PassManager([step]).run(graph, context)
             planning.floors = self._floors(planning, found.plan, graph)
         if planning.dropped or planning.floors:
-            found.plan, found.latency = planning.plan(), None
+            found.plan = planning.plan()
+        if found.rewritten:
+            found.latency, self.rival = None, self.folder / "float.onnx"
+            self.build(all_float(found.plan, ""), self.rival)
 
     def _floors(self, planning: Planning, plan: Plan, graph: Graph) -> bool:
         if planning.hiding is None or not planning.hiding.floors or NormalMasks.name in planning.dropped:
@@ -151,8 +158,13 @@ class Settling:
             return
         measured = Measured(choice.refused, choice.at_run_time)
         chosen = planning.plan(measured)
-        if self._faster(chosen, found.plan):
-            found.plan, found.latency, found.measured = chosen, None, measured
+        if not self._faster(chosen, found.plan):
+            return
+        found.plan, found.latency, found.measured = chosen, None, measured
+        if not chosen.quantized():
+            self.report.verdict.notices.append(
+                "nothing pays, left float: each kernel was measured as fast or faster in float, or gains less than "
+                "conversions cost; --no-measure keeps int8 all the same")
 
     def _priced(self, done: int, total: int) -> None:
         self.progress.total(total)
@@ -169,7 +181,7 @@ class Settling:
     # -------------------------------------------------------------- whole model
 
     def _whole(self, found: Settled) -> None:
-        """Go back where the model as a whole gains nothing: to fewer regions, to float kernels, to the float graph."""
+        """Go back where the model as a whole gains nothing: to fewer regions, to float kernels, to float weights."""
         if found.latency is None:
             with self._stage("measure"):
                 found.latency = self._against_float(found.plan)
@@ -180,10 +192,20 @@ class Settling:
             self.report.verdict.notices.append(f"decoding the stored weights takes time here ({took}), so they stay "
                                                "float")
             self._retreat(found, all_float(found.plan, f"decoding stored weights does not pay here: {took} in float"))
-        if found.plan.changes and not found.plan.quantizes and verification.slower(found.latency):
-            self.report.verdict.notices.append("the masks of Softmax stay as they are: to rewrite them does not pay "
-                                               f"here ({_took(found.latency)})")
-            self._retreat(found, without_masks(found.plan))
+
+    def _beside_the_file(self, found: Settled) -> None:
+        """Time the result beside the file as it came; where that is faster after all, rewrites go, too."""
+        if self.rival == self.reference:
+            return
+        self.rival = self.reference
+        self._retreat(found, found.plan)
+        assert found.latency is not None
+        if (found.rewritten or found.plan.quantizes) and verification.slower(found.latency):
+            self.report.verdict.notices.append(f"the model is left as it came: rewritten it ran at "
+                                               f"{found.latency.speedup:.2f}x ({_took(found.latency)})")
+            plan = without_masks(all_float(found.plan, "the whole model was measured to be faster as it came"))
+            plan.dropped = tuple(step.name for step in transform() if step.weighed)
+            self._retreat(found, plan)
 
     def _pays(self, latency: Latency) -> bool:
         """Whether int8 gains anything beyond a tie, which goes to the smaller change: float kernels."""
