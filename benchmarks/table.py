@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases = models.find(options.models, options.only or [], Path(scratch))
         except ValueError as error:
             parser.error(str(error))
-        wanted = [g for g in goals.read() if g.model in {c.name for c in cases}]
+        wanted = [g for g in goals.of_table(goals.read()) if g.model in {c.name for c in cases}]
         rows, memory = _run(cases, wanted, settings, screen)
     outcomes = goals.check(wanted, rows, memory)
     text = layout.markdown(rows, memory, outcomes, settings, where)
