@@ -93,8 +93,9 @@ class SameTop1:
     _rows: int = 0
 
     def update(self, reference: dict[str, Array], outputs: dict[str, Array]) -> None:
-        """Fold in scores [N, C] of both."""
-        same = reference[self.output].argmax(axis=-1) == outputs[self.output].argmax(axis=-1)
+        """Fold in scores [N, C], or [N, C, 1, 1], of both."""
+        first, second = (found[self.output].reshape(len(found[self.output]), -1) for found in (reference, outputs))
+        same = first.argmax(axis=1) == second.argmax(axis=1)
         self._same += int(np.count_nonzero(same))
         self._rows += same.size
 
