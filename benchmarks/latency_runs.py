@@ -24,13 +24,15 @@ _TRIAL_ROUNDS, _TRIAL_SECONDS = 1, 0.2
 class CaseRuns:
     """One model: its tools' files and figures, in a folder of its own.
 
+    `peers` is the python that has OpenVINO, if any; `alone` leaves all tools but onnxq out.
     onnxq's cache of kernel timings is empty at the beginning: nothing is taken from earlier runs.
     """
 
-    def __init__(self, case: Case, wanted: Sequence[Goal], settings: Settings, peers: str | None, say: Say) -> None:
+    def __init__(self, case: Case, wanted: Sequence[Goal], settings: Settings, peers: str | None, alone: bool, say: Say,
+                 ) -> None:
         self.case, self.settings, self.say = case, settings, say
         self.goals = [goal for goal in wanted if goal.model == case.name]
-        self.peers = peers
+        self.peers, self.alone = peers, alone
         self.limit = settings.limit
         if case.agreement:
             self.limit = min(settings.limit or _RANDOM_WEIGHTS_LIMIT, _RANDOM_WEIGHTS_LIMIT)
@@ -39,14 +41,14 @@ class CaseRuns:
         """Rows of onnxruntime.quantization's settings, of onnxq and, with an environment for it, of OpenVINO."""
         with TemporaryDirectory(prefix="onnxq-bench-") as name:
             self.folder = Path(name)
-            rows = [self._scored(tool) for tool in QUANTIZERS]
+            rows = [self._scored(tool) for tool in (() if self.alone else QUANTIZERS)]
             self._time_the_best(rows)
             ours = self._scored(ONNXQ)
             if any(goal.figure == goals.WARM for goal in self.goals) and not ours.error:
                 ours.made["warm_stages"] = self._made(ours, self._place(ours) / "warm.onnx").get("stages", {})
             rows.append(ours)
             self._time(ours)
-            for tool in OPENVINOS if self.peers else ():
+            for tool in OPENVINOS if self.peers and not self.alone else ():
                 rows.append(self._scored(tool))
                 self._time(rows[-1])
         return rows

@@ -81,10 +81,11 @@ class Case:
         return cls(**{**data, **paths, "scored": tuple(data["scored"]), "sequences": pairs})
 
 
-def find(shared: Path | None, only: Sequence[str], scratch: Path) -> list[Case]:
+def find(shared: Path | None, only: Sequence[str], scratch: Path, lights: Iterable[str] = (light.IN_TABLE,),
+         ) -> list[Case]:
     """All cases, or those named in `only`; light networks are written to `scratch`, which must exist.
 
-    Of those, only light_resnet50 is found unless named: they say little beside one another that a table should show.
+    Of those, only `lights` are found unless named: they say little beside one another that a table should show.
 
     Raises ValueError for a name that there is not and for a directory that there is not.
     """
@@ -96,7 +97,7 @@ def find(shared: Path | None, only: Sequence[str], scratch: Path) -> list[Case]:
     if unknown:
         raise ValueError(f"there is no model {', '.join(unknown)}; there are {', '.join(names)}")
     cases = [c for c in cases if not only or c.name in only]
-    return cases + [_light(name, scratch) for name in light.NAMES if name in (only or [light.IN_TABLE])]
+    return cases + [_light(name, scratch) for name in light.NAMES if name in (only or lights)]
 
 
 def _light(name: str, scratch: Path) -> Case:

@@ -219,7 +219,8 @@ def ops(path: Path) -> Counter[str]:
     return Counter(n.op_type for n in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("tool", [peers_ort.static_default, peers_ort.static_linears, peers_ort.dynamic])
+@pytest.mark.parametrize("tool", [peers_ort.static_default, peers_ort.static_unsigned, peers_ort.static_linears,
+                                  peers_ort.dynamic])
 def test_peers_quantize_the_digits(tool: object, tmp_path: Path) -> None:
     case = digits()
     path = tmp_path / "q.onnx"
@@ -230,7 +231,7 @@ def test_peers_quantize_the_digits(tool: object, tmp_path: Path) -> None:
         assert found["ConvInteger"] == plain["Conv"]
     else:
         assert found["Conv"] == plain["Conv"]
-        assert (found["DequantizeLinear"] > found["Conv"]) == (tool is peers_ort.static_default)
+        assert (found["DequantizeLinear"] > found["Conv"]) == (tool is not peers_ort.static_linears)
     stored = [t for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
     assert len(stored) >= (plain["Gemm"] if tool is peers_ort.static_linears else plain["Conv"] + plain["Gemm"])
     scored = scoring.score(case, scoring.Data(case, 100), Session(case.model, ONE_THREAD), Session(path, ONE_THREAD))
@@ -304,7 +305,8 @@ def test_one_run_from_the_models_to_the_files(tmp_path: Path, monkeypatch: pytes
     assert [row["tool"] for row in found["rows"]] == [runs.FLOAT, *tools]
     assert found["rows"][3]["error"] == "killed by SIGSEGV"
     assert found["rows"][1]["score"]["sqnr_db"] is None
-    assert (found["settings"]["threads"], found["goals"], found["memory"]) == (1, [], [])
+    assert (found["settings"]["threads"], found["memory"]) == (1, [])
+    assert [(goal["goal"]["goal"], goal["met"]) for goal in found["goals"]] == [("top-1 drop <= 0.5 points", True)]
     assert found["environment"]["numpy"] == np.__version__
     text = files["markdown"].read_text()
     assert "fails (quantizing) | 100.00 %, 2.00x | left float (int8: 100.00 %, 2.00x) |" in text
@@ -375,8 +377,10 @@ def test_goals_are_met_missed_or_not_measured() -> None:
 def test_the_goals_file_is_readable_and_complete(tmp_path: Path) -> None:
     read = goals.read()
     assert {g.model for g in read} == {
-        "decoder", "light_resnet50", "magika", "minilm", "mnist12", "pylm", "recurrent", "resnet20", "silero_vad",
-        "stories260k", "superres", "ultraface"}
+        "decoder", "digits_cnn", "light_densenet121", "light_inception_v2", "light_resnet50", "light_shufflenet",
+        "light_squeezenet", "light_vgg19", "magika", "minilm", "mnist12", "pylm", "recurrent", "resnet20", "silero_vad",
+        "stories260k", "superres", "text_encoder", "ultraface", goals.EVERY}
+    assert {(g.model, g.figure) for g in goals.of_table(read)} >= {("minilm", "speedup"), ("light_resnet50", "speedup")}
     assert set(goals.of_memory(read)) == {"minilm", "pylm", "magika"}
     assert all(math.isfinite(g.least) != math.isfinite(g.most) for g in read)
     (tmp_path / "g.yaml").write_text("- {model: m, figure: beauty, most: 1, goal: x}")
