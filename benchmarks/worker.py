@@ -63,9 +63,9 @@ def score(case: Case, tool: str, model: str, kept: str, threads: int, limit: int
     from benchmarks.kept import Kept
 
     data = scoring.Data(case, limit)
-    quiet = SessionOptions(threads=threads, config=_QUIET)
-    with Kept(Path(kept), lambda: Session(case.model, quiet)) as reference:
-        return {"score": scoring.score(case, data, reference, _opened(tool, model, quiet))}
+    options = SessionOptions(threads=threads, config=() if Path(kept).exists() else _QUIET)
+    with Kept(Path(kept), lambda: Session(case.model, options)) as reference:
+        return {"score": scoring.score(case, data, reference, _opened(tool, model, options))}
 
 
 def clock(case: Case, tool: str, model: str, wanted: list[str] | None, threads: int, rounds: int, block_seconds: float,
