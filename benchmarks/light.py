@@ -28,10 +28,10 @@ _SIDE = 224
 _IR_VERSION = 8  # from 4 on, initializers need not be inputs, too
 # Each residual branch ends in a smaller gamma, or the sum of branches would double the variance block by block.
 _BRANCH_END_GAMMA = 0.5
-_OBSERVED = 4  # images behind each statistic
+_OBSERVED = 8  # images behind each statistic
 # A random classifier behind averaged features gives every image nearly the same scores: its bias takes their mean off
 # and its weights are scaled until scores vary by so much.
-_SCORE_DEVIATION = 2.0
+_SCORE_DEVIATION = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,16 @@ def build(name: str, seed: int = 0) -> onnx.ModelProto:
 
 
 def images(rows: int, seed: int) -> Floats:
-    """Blotches of four sizes over one another, float32 [rows, 3, 224, 224], each image with mean 0 and variance 1."""
+    """Blotches of five sizes over one another, float32 [rows, 3, 224, 224], each image with mean 0 and variance 1.
+
+    How much there is of each size differs by image and color, from a plain tint to noise: what a network averages over
+    an image is then its own, and not that of all random images.
+    """
     generator = np.random.default_rng(seed)
     made = np.zeros((rows, 3, _SIDE, _SIDE), np.float32)
-    for side in (7, 28, 56, _SIDE):
-        blotch = generator.standard_normal((rows, 3, side, side)).astype(np.float32)
+    for side in (1, 7, 28, 56, _SIDE):
+        blotch = generator.standard_normal((rows, 3, side, side), dtype=np.float32)
+        blotch *= generator.lognormal(0.0, 1.0, (rows, 3, 1, 1)).astype(np.float32)
         made += np.repeat(np.repeat(blotch, _SIDE // side, axis=2), _SIDE // side, axis=3)
     made -= made.mean(axis=(1, 2, 3), keepdims=True)
     return np.asarray(made / made.std(axis=(1, 2, 3), keepdims=True), np.float32)
