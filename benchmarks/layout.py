@@ -9,16 +9,24 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.goals import Goal, Outcome
+from benchmarks.goals import COLD, LATENCY, WARM, Goal, Outcome
 from benchmarks.runs import FLOAT, PEERS, Memory, Row, Settings
 from benchmarks.worker import ONNXQ, PER_TOKEN, TIMED_ROWS, UNMEASURED
 
-_NAMES = {"top1": "top-1", "frame_accuracy": "accuracy", "perplexity": "perplexity", "spearman": "Spearman",
+NAMES = {"top1": "top-1", "frame_accuracy": "accuracy", "perplexity": "perplexity", "spearman": "Spearman",
           "psnr": "PSNR", "agreement: top1": "same top-1", "agreement: detections:ultraface": "F1 to float"}
 _SHARES = ("top1", "frame_accuracy", "agreement: top1", "agreement: detections:ultraface")
 _REASON = 60  # characters of an error in a cell
 HEADINGS = ("tool", "accuracy", "lost", "cosine", "SQNR dB", "speed", "from - to", "size", "made in s", "peak MB",
             "note")
+
+
+def accuracy(row: Row) -> str:
+    """The metric, and the cosine where that says more."""
+    found = [value(row.metric, row.score["value"])]
+    if "pooled_cosine" in row.score or row.metric.startswith("agreement"):
+        found.append(f"cosine {row.score.get('pooled_cosine', row.score['cosine']):.4f}")
+    return ", ".join(found)
 
 
 def case_table(rows: Sequence[Row]) -> Table:
@@ -40,7 +48,7 @@ def cells(row: Row) -> list[str]:
     cosine, noise = score.get("pooled_cosine", score.get("cosine")), score.get("sqnr_db")
     seconds, peak = row.made.get("seconds"), row.made.get("peak_bytes")
     return [
-        row.tool, _value(row.metric, score["value"]), "" if plain else _lost(row),
+        row.tool, value(row.metric, score["value"]), "" if plain else _lost(row),
         "" if cosine is None else f"{cosine:.4f}", "" if noise is None else f"{noise:.1f}",
         f"{speed['ms']:.3g} ms" if plain else f"{speed['ratio']:.2f}x",
         "" if plain else f"{speed['low']:.2f} - {speed['high']:.2f}",
@@ -50,14 +58,14 @@ def cells(row: Row) -> list[str]:
 
 def summary(rows: Iterable[Row]) -> str:
     """Markdown: a line per model, a column per tool, in each cell accuracy and speed."""
-    lines = [_line(["model: metric of float", *PEERS, PER_TOKEN, ONNXQ]), _line(["---"] * (len(PEERS) + 3))]
+    lines = [line(["model: metric of float", *PEERS, PER_TOKEN, ONNXQ]), line(["---"] * (len(PEERS) + 3))]
     for model, given in _by_model(rows).items():
         tools = {row.tool: row for row in given}
         plain = tools[FLOAT]
-        name = _NAMES.get(plain.metric, plain.metric)
+        name = NAMES.get(plain.metric, plain.metric)
         known = not plain.error and not plain.metric.startswith("agreement")
-        head = f"{model}: {name} {_value(plain.metric, plain.score['value'])}" if known else f"{model}: {name}"
-        lines.append(_line([head, *(_both(tools[tool]) for tool in PEERS),
+        head = f"{model}: {name} {value(plain.metric, plain.score['value'])}" if known else f"{model}: {name}"
+        lines.append(line([head, *(_both(tools[tool]) for tool in PEERS),
                             _ours(tools, PER_TOKEN), _ours(tools, ONNXQ)]))
     return "\n".join(lines)
 
@@ -66,19 +74,19 @@ def details(rows: Iterable[Row]) -> str:
     """Markdown: a table of all figures for each model."""
     parts = []
     for given in _by_model(rows).values():
-        parts.append("\n".join([f"**{_title(given)}**", "", _line(HEADINGS), _line(["---"] * len(HEADINGS)),
-                                *(_line(cells(row)) for row in given)]))
+        parts.append("\n".join([f"**{_title(given)}**", "", line(HEADINGS), line(["---"] * len(HEADINGS)),
+                                *(line(cells(row)) for row in given)]))
     return "\n\n".join(parts)
 
 
 def memory(found: Iterable[Memory]) -> str:
     """Markdown: peak memory of percentile compilations."""
-    lines = [_line(["model", "rows", "peak", "rows", "peak", "growth", "seconds"]), _line(["---"] * 7)]
+    lines = [line(["model", "rows", "peak", "rows", "peak", "growth", "seconds"]), line(["---"] * 7)]
     for m in found:
         if m.error or m.growth is None:
-            lines.append(_line([m.model, str(m.rows), f"fails: {_cut(m.error)}", "", "", "", ""]))
+            lines.append(line([m.model, str(m.rows), f"fails: {cut(m.error)}", "", "", "", ""]))
         else:
-            lines.append(_line([m.model, str(m.rows), _megabytes(m.peak_bytes), str(10 * m.rows),
+            lines.append(line([m.model, str(m.rows), _megabytes(m.peak_bytes), str(10 * m.rows),
                                 _megabytes(m.peak_bytes_tenfold), f"{m.growth:.2f}x",
                                 f"{m.seconds:.0f}, {m.seconds_tenfold:.0f}"]))
     return "\n".join(lines)
@@ -86,10 +94,10 @@ def memory(found: Iterable[Memory]) -> str:
 
 def goals(outcomes: Iterable[Outcome]) -> str:
     """Markdown: each goal with what was measured."""
-    lines = [_line(["model", "goal", "measured", ""]), _line(["---"] * 4)]
+    lines = [line(["model", "goal", "measured", ""]), line(["---"] * 4)]
     for outcome in outcomes:
         word = {True: "met", False: "missed", None: outcome.why}[outcome.met]
-        lines.append(_line([outcome.goal.model, outcome.goal.goal, _measured(outcome), word]))
+        lines.append(line([outcome.goal.model, outcome.goal.goal, _measured(outcome), word]))
     return "\n".join(lines)
 
 
@@ -119,10 +127,10 @@ def markdown(rows: Sequence[Row], measured: Sequence[Memory], outcomes: Sequence
 def short(row: Row) -> str:
     """Which step failed and the beginning of why."""
     step = {"make": "quantizer", "run": "result"}.get(row.failed, row.failed)
-    return f"{step} fails: {_cut(row.error)}"
+    return f"{step} fails: {cut(row.error)}"
 
 
-def _cut(error: str) -> str:
+def cut(error: str) -> str:
     """The beginning of a reason, without the name of the file in front of it."""
     reason = re.sub(r"^ModelError: onnxruntime (can't load|failed in a run of) \S+: ", "", error)
     reason = re.sub(r"^Load model from \S+ failed: ?", "", reason)
@@ -141,18 +149,14 @@ def _title(rows: Sequence[Row]) -> str:
     shapes = ["x".join(map(str, shape)) or "scalar" for shape in row.speed.get("shapes", {}).values()]
     fed = ", ".join(dict.fromkeys(shapes))
     scored = f", {row.score['rows']} rows" if row.score else ""
-    return f"{row.model} ({_NAMES.get(row.metric, row.metric)}{scored}; timed at {fed or 'nothing'})"
+    return f"{row.model} ({NAMES.get(row.metric, row.metric)}{scored}; timed at {fed or 'nothing'})"
 
 
 def _both(row: Row) -> str:
     """Accuracy and speed in one cell."""
     if row.error:
         return f"fails ({'quantizing' if row.failed == 'make' else 'to run'})"
-    found = [_value(row.metric, row.score["value"])]
-    if "pooled_cosine" in row.score or row.metric.startswith("agreement"):
-        found.append(f"cosine {row.score.get('pooled_cosine', row.score['cosine']):.4f}")
-    found.append(f"{row.speed['ratio']:.2f}x")
-    return ", ".join(found) + (" (unchanged)" if row.score["sqnr_db"] is None else "")
+    return f"{accuracy(row)}, {row.speed['ratio']:.2f}x" + (" (unchanged)" if row.score["sqnr_db"] is None else "")
 
 
 def _ours(tools: Mapping[str, Row], tool: str) -> str:
@@ -163,10 +167,11 @@ def _ours(tools: Mapping[str, Row], tool: str) -> str:
     return f"left float (int8: {_both(tools[UNMEASURED])})" if known else "left float"
 
 
-def _value(metric: str, value: float) -> str:
+def value(metric: str, found: float) -> str:
+    """A metric's value with its unit."""
     if metric in _SHARES:
-        return f"{100 * value:.2f} %"
-    return {"perplexity": f"{value:.4g}", "psnr": f"{value:.2f} dB"}.get(metric, f"{value:.4f}")
+        return f"{100 * found:.2f} %"
+    return {"perplexity": f"{found:.4g}", "psnr": f"{found:.2f} dB"}.get(metric, f"{found:.4f}")
 
 
 def _lost(row: Row) -> str:
@@ -174,11 +179,11 @@ def _lost(row: Row) -> str:
         return f"{100 * row.score['drop']:.2f} pt"
     if row.metric == "perplexity":
         return f"{row.score['ratio']:.4g}x"
-    return _value(row.metric, row.score["drop"])
+    return value(row.metric, row.score["drop"])
 
 
 def _note(row: Row) -> str:
-    found = [f"check failed: {_cut(failure)}" for failure in row.made.get("failures", [])]
+    found = [f"check failed: {cut(failure)}" for failure in row.made.get("failures", [])]
     if row.left_float:
         found.append("nothing pays, left float" if row.made.get("int8_slower") else "left float")
     elif row.tool != FLOAT and row.score["sqnr_db"] is None:
@@ -191,14 +196,16 @@ def _note(row: Row) -> str:
 def _measured(outcome: Outcome) -> str:
     value, goal = outcome.found, outcome.goal
     if value is None:
-        return _cut(outcome.why) if outcome.met is False else ""
+        return cut(outcome.why) if outcome.met is False else ""
     return _figure(goal, value)
 
 
 def _figure(goal: Goal, value: float) -> str:
     if goal.figure == "peak_bytes":
         return _megabytes(int(value))
-    if goal.figure in ("speedup", "peak_growth", "size"):
+    if goal.figure in (COLD, WARM):
+        return f"{value:.1f} s"
+    if goal.figure in ("speedup", LATENCY, "peak_growth", "size"):
         return f"{value:.2f}x"
     if goal.figure == "ratio":
         return f"{value:.4f}x"
@@ -209,5 +216,6 @@ def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:.3g} MB" if size < 1e8 else f"{size / 1e6:.0f} MB"
 
 
-def _line(parts: Iterable[str]) -> str:
+def line(parts: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(part.replace('|', '/') for part in parts)} |"

@@ -1,7 +1,7 @@
 """The models that the table is made of, each with its data and how it is fed and scored.
 
 Three sources: the project's own models/ (models/manifest.yaml), every complete folder of a directory of models
-(model.onnx, calib.npz, eval.npz, meta.json), and light_resnet50, made on the spot.
+(model.onnx, calib.npz, eval.npz, meta.json), and the networks of benchmarks/light.py, made on the spot.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from benchmarks import light_resnet50
+from benchmarks import light
 
 Array = npt.NDArray[Any]
 
@@ -81,25 +81,30 @@ class Case:
         return cls(**{**data, **paths, "scored": tuple(data["scored"]), "sequences": pairs})
 
 
-def find(shared: Path | None, only: Sequence[str], scratch: Path) -> list[Case]:
-    """All cases, or those named in `only`; light_resnet50 is written to `scratch`, which must exist.
+def find(shared: Path | None, only: Sequence[str], scratch: Path, lights: Iterable[str] = (light.IN_TABLE,),
+         ) -> list[Case]:
+    """All cases, or those named in `only`; light networks are written to `scratch`, which must exist.
+
+    Of those, only `lights` are found unless named: they say little beside one another that a table should show.
 
     Raises ValueError for a name that there is not and for a directory that there is not.
     """
     if shared is not None and not shared.is_dir():
         raise ValueError(f"there is no folder {shared}")
     cases = [*own(), *(folder_cases(shared) if shared is not None else [])]
-    names = [*(c.name for c in cases), light_resnet50.NAME]
+    names = [*(c.name for c in cases), *light.NAMES]
     unknown = [name for name in only if name not in names]
     if unknown:
         raise ValueError(f"there is no model {', '.join(unknown)}; there are {', '.join(names)}")
     cases = [c for c in cases if not only or c.name in only]
-    if not only or light_resnet50.NAME in only:
-        folder = scratch / light_resnet50.NAME
-        folder.mkdir()
-        light_resnet50.write(folder)
-        cases.append(from_folder(folder))
-    return cases
+    return cases + [_light(name, scratch) for name in light.NAMES if name in (only or lights)]
+
+
+def _light(name: str, scratch: Path) -> Case:
+    folder = scratch / name
+    folder.mkdir()
+    light.write(name, folder)
+    return from_folder(folder)
 
 
 def own() -> list[Case]:

@@ -37,6 +37,12 @@ def static_default(case: Case, output: Path, samples: int) -> None:
     quantize_static(case.model, output, Rows(case, samples))
 
 
+def static_unsigned(case: Case, output: Path, samples: int) -> None:
+    """quantize_static with uint8 activations and int8 weights per channel, min-max ranges: its best for CNNs on x86."""
+    quantize_static(case.model, output, Rows(case, samples), per_channel=True,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+
+
 def static_linears(case: Case, output: Path, samples: int) -> None:
     """quantize_static for MatMul and Gemm with constant weights, outputs left float, as suits an x86 processor.
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is run. `samples`: calibration rows for every tool; `limit`: evaluation rows (None: all of them)."""
+    """How much is run. `samples`: calibration rows for every tool; `limit`: evaluation rows (None: all of them).
+
+    `launcher` is a command that each step is started with, e.g. taskset or numactl with their options.
+    """
 
     threads: int = 2
     samples: int = Calibration().samples or 128
@@ -36,6 +39,7 @@ class Settings:
     memory_rows: int = 64
     step_timeout_seconds: float = 900.0
     quick: bool = False
+    launcher: tuple[str, ...] = ()
 
     @classmethod
     def make(cls, threads: int, quick: bool) -> Settings:
@@ -49,7 +53,7 @@ class Settings:
 class Row:
     """One tool on one model; `error` says in one line why there are no figures, `failed` which step it was.
 
-    `metric` is Case.scored_by; `made`, `score` and `speed` are what the steps of benchmarks.worker answered.
+    `metric` is Case.scored_by; `made`, `score`, `speed` and `speeds` are what the steps of benchmarks.worker answered.
     """
 
     model: str
@@ -60,6 +64,7 @@ class Row:
     made: dict[str, Any] = field(default_factory=dict)
     score: dict[str, Any] = field(default_factory=dict)
     speed: dict[str, Any] = field(default_factory=dict)
+    speeds: dict[str, dict[str, Any]] = field(default_factory=dict)
     failed: str = ""
     error: str = ""
 
@@ -113,19 +118,22 @@ def run_memory(case: Case, settings: Settings, say: Say) -> Memory:
     return found
 
 
-def call(step: str, folder: Path, settings: Settings, **arguments: Any) -> dict[str, Any]:
+def call(step: str, folder: Path, settings: Settings, *, python: str = sys.executable,
+         environment: Mapping[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
     """Run a step of benchmarks.worker in `folder`; its answer, with an `error` in one line when it failed.
 
-    The folder is also the working directory, since onnxruntime's quantizers leave files there.
+    The folder is also the working directory, since onnxruntime's quantizers leave files there. `environment` is added
+    to that of this process.
     """
     job, answer = folder / "job.json", folder / "answer.json"
     job.write_text(json.dumps(arguments), encoding="utf-8")
     answer.unlink(missing_ok=True)
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "benchmarks.worker", step, str(job), str(answer)]
+    variables = {**os.environ, **(environment or {}), "PYTHONPATH": search}
+    command = [*settings.launcher, python, "-m", "benchmarks.worker", step, str(job), str(answer)]
     try:
-        done = subprocess.run(command, cwd=folder, env={**os.environ, "PYTHONPATH": search}, capture_output=True,
-                              text=True, errors="replace", timeout=settings.step_timeout_seconds, check=False)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True,
+                              errors="replace", timeout=settings.step_timeout_seconds, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"took more than {settings.step_timeout_seconds:.0f} s"}
     if answer.exists():

@@ -7,7 +7,7 @@ its own states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,10 +16,15 @@ import numpy as np
 from benchmarks.detections import FaceF1
 from benchmarks.models import LABELS, Array, Case, read
 from onnxq.numerics.metrics import Comparison, Perplexity, Psnr, Spearman, TopK, drop
-from onnxq.runtime.session import Session
 
 BATCH = 32  # rows at once where the batch is dynamic
 _MASK = "attention_mask"
+
+
+class Runnable(Protocol):
+    """A model that can be run, see onnxq.runtime.session.Session."""
+
+    def run(self, feed: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]: ...
 
 
 class Metric(Protocol):
@@ -88,8 +93,9 @@ class SameTop1:
     _rows: int = 0
 
     def update(self, reference: dict[str, Array], outputs: dict[str, Array]) -> None:
-        """Fold in scores [N, C] of both."""
-        same = reference[self.output].argmax(axis=-1) == outputs[self.output].argmax(axis=-1)
+        """Fold in scores [N, C], or [N, C, 1, 1], of both."""
+        first, second = (found[self.output].reshape(len(found[self.output]), -1) for found in (reference, outputs))
+        same = first.argmax(axis=1) == second.argmax(axis=1)
         self._same += int(np.count_nonzero(same))
         self._rows += same.size
 
@@ -179,7 +185,7 @@ class Data:
 class _Loop:
     """A model that is fed its own states."""
 
-    def __init__(self, session: Session, case: Case) -> None:
+    def __init__(self, session: Runnable, case: Case) -> None:
         self.session, self.case = session, case
         self.wanted = list(dict.fromkeys([*case.scored, *case.recurrent.values()]))
         self.states: dict[str, Array] = {}
@@ -192,7 +198,7 @@ class _Loop:
         return {name: np.atleast_1d(found[name]) for name in self.case.scored}
 
 
-def score(case: Case, data: Data, reference: Session, model: Session | None = None) -> dict[str, Any]:
+def score(case: Case, data: Data, reference: Runnable, model: Runnable | None = None) -> dict[str, Any]:
     """Figures of a model beside the float `reference`, or of the latter alone.
 
     Keys: `float` and `value` (the metric of each), `drop` (positive when worse), `ratio` (value / float), `rows`; with
@@ -216,7 +222,7 @@ def score(case: Case, data: Data, reference: Session, model: Session | None = No
     return result | (distance.figures() if b is not None else {})
 
 
-def _agreement_score(case: Case, data: Data, reference: Session, model: Session | None) -> dict[str, Any]:
+def _agreement_score(case: Case, data: Data, reference: Runnable, model: Runnable | None) -> dict[str, Any]:
     """As `score`, where there are no labels: 1 for the float model itself."""
     agreement = _agreement(case)
     if model is None:
