@@ -17,7 +17,7 @@ from onnxq.errors import DataError, ModelError, OutputError, UsageError
 from onnxq.explanation import codes
 from onnxq.graph import Graph, Node, load, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
-from onnxq.passes.lower import lower
+from onnxq.passes.lower import EMITTER_VERSION, lower
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
@@ -25,15 +25,18 @@ from onnxq.plan import GIVEN, Plan
 from onnxq.planner import masks
 from onnxq.planner.pricing import Prices
 from onnxq.planner.replay import replayed
+from onnxq.planner.rewriting import keep_faster
 from onnxq.planning import Planning
+from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.recipe import scheme as named_scheme
 from onnxq.report.report import NodeRow, Report, Size
 from onnxq.request import AUTO, FORMATS, OBJECTIVES, Request, check, resolve
 from onnxq.runtime.machine import target_here
-from onnxq.runtime.measure import environment
+from onnxq.runtime.measure import environment, kernel_environment
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.runtime.timings import TimingCache
 from onnxq.settling import Settling
 from onnxq.verification import Goal
 from onnxq.version import VERSION
@@ -98,6 +101,8 @@ class _Compilation:
         self.reference = self.rival = request.model  # what figures are told against, what int8 has to beat
         self.made: dict[str, tuple[str, ...]] = {}
         self.prices: Prices | None = None
+        self.dropped: set[str] = set()
+        self.cache = TimingCache(kernel_environment(request.options, EMITTER_VERSION))
 
     def run(self) -> Report:
         request = self.request
@@ -109,14 +114,12 @@ class _Compilation:
             scored = evaluation or calib
             if scored is not None:
                 verification.check_labels(request.goal, scored)
-        with self.stage("canonicalize"):
-            self._canonicalize(graph)
+        feeds, source = self._canonicalize(graph, evaluation or calib)
         self.planning = self._planning(graph, calib, self.recipe)
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
             if graph.half or self.removed:
                 self._float_form(Path(folder) / "float.onnx")
-            feeds, source = self._feeds(evaluation or calib)
             self._decide(feeds, source, compiled)
             with self.stage("rewrite"):
                 graph = self._write(compiled, twin)
@@ -152,19 +155,32 @@ class _Compilation:
 
     # -------------------------------------------------------------- plan
 
-    def _canonicalize(self, graph: Graph) -> None:
-        removals = Removals(graph)
-        self._passes(canonicalize(), graph, removals)
+    def _canonicalize(self, graph: Graph, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+        """Bring the graph into the form that is planned on; gives what to time it on, and the name of that."""
+        removals, saved = Removals(graph), self.request.plan
+        feeds, source = self._feeds(graph.ports(), data)
+        with self.stage("canonicalize"):
+            self._passes([step for step in canonicalize() if not step.weighed], graph, removals)
+        left_out = saved.dropped if saved is not None else ()
+        weighed = [step for step in canonicalize() if step.weighed and step.name not in left_out]
+        if feeds and self.request.measure and saved is None:
+            with self.stage("time rewrites"):
+                kept = keep_faster(graph, weighed, self.context, feeds, self.request.options, self.cache)
+            self.dropped = kept.dropped
+            self.report.verdict.notices += kept.faults
+        else:
+            self._passes(weighed, graph)
         if graph.half:
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "
                 "is not int8 runs in float32")
         self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.removed = verification.removed_rows(removals)
+        return feeds, source
 
     def _planning(self, graph: Graph, calib: Dataset | None, recipe: Recipe) -> Planning:
         request = self.request
-        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage)
+        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage, self.dropped)
 
     def _decide(self, feeds: list[dict[str, Any]], source: str, compiled: Path) -> None:
         """Find the Plan: a saved one, the table's, or what measuring makes of that."""
@@ -178,7 +194,7 @@ class _Compilation:
             other = (self._planning(planning.graph, None, request.alternative) if request.alternative is not None
                      else None)
             found = Settling(request, self.report, self.progress, self._build, self.rival, self.reference, feeds,
-                             source).settle(planning, other)
+                             source, self.cache).settle(planning, other)
             self.planning, self.recipe, self.context.plan = found.planning, found.planning.recipe, found.plan
             self.report.latency, self.prices, able = found.latency, found.prices, found.able
         if request.plan is None:
@@ -272,14 +288,15 @@ class _Compilation:
             report.nodes = [verification.row(n) for n in self.context.plan.nodes.values()]
         self._accuracy(compiled, evaluation or calib, evaluation)
 
-    def _feeds(self, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+    def _feeds(self, ports: list[Port], data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
         """One batch to time and read back on; without data a random one, which is said wherever it is used."""
-        batch, ports, shapes = self.request.recipe.calibration.batch, self.planning.graph.ports(), self.request.shapes
+        batch, shapes = self.request.recipe.calibration.batch, self.request.shapes
         if data is not None:
             return resized(verification.first_feeds(data, batch, 1)[0], ports, shapes), data.name
         try:
             feeds = resized(verification.first_feeds(open_data("random", ports), batch, 1)[0], ports, shapes)
-            Session(self.reference, self.request.options).run(feeds[0])
+            if verification.runs(self.request.model, self.request.options):  # half models may run as float32 alone
+                Session(self.request.model, self.request.options).run(feeds[0])
         except (DataError, ModelError):
             self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
                                                "nothing was timed or read back; give --calib or --eval")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 
 from onnxq.calibration import observer
@@ -28,13 +28,13 @@ class Planning:
     """Makes Plans of a canonical graph; what one of them needed of the data is known to the next."""
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
-                 progress: Progress, stage: Stages) -> None:
+                 progress: Progress, stage: Stages, dropped: Collection[str] = ()) -> None:
         self.graph, self.recipe, self.target, self.calib = graph, recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.hiding: Masks | None = None
         self.used_data = False
-        self.dropped: set[str] = set()  # rewrites that don't pay, by the name of their pass
+        self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
         self.floors = False  # whether floors under masked scores pay
 
     def plan(self, measured: Measured = NOTHING) -> Plan:

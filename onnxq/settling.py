@@ -12,8 +12,7 @@ from typing import Any
 
 from onnxq import verification
 from onnxq.graph import Graph
-from onnxq.passes.lower import EMITTER_VERSION
-from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.manager import Context
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.plan import Plan
@@ -22,12 +21,12 @@ from onnxq.planner.choice import by_gain, choose
 from onnxq.planner.outline import Measured
 from onnxq.planner.pricing import Prices, price
 from onnxq.planner.retreat import all_float, without_masks
-from onnxq.planner.rewriting import weigh
+from onnxq.planner.rewriting import keep_faster, weigh
 from onnxq.planning import NOTHING, Planning
 from onnxq.progress import Progress
 from onnxq.report.report import Latency, Report
 from onnxq.request import Request
-from onnxq.runtime.measure import compare_models, kernel_environment
+from onnxq.runtime.measure import compare_models
 from onnxq.runtime.session import Session
 from onnxq.runtime.timings import TimingCache
 
@@ -71,10 +70,8 @@ class Settling:
     reference: Path
     feeds: Feeds
     source: str
+    cache: TimingCache
     confirmations: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        self.cache = TimingCache(kernel_environment(self.request.options, EMITTER_VERSION))
 
     def settle(self, planning: Planning, alternative: Planning | None) -> Settled:
         """Choose the scheme where there are two, then each unit's kernel, then go back where the whole is slower."""
@@ -115,26 +112,21 @@ class Settling:
         """Keep the rewrites of the float graph that measure faster, and floors under masked scores where they do."""
         planning, options = found.planning, self.request.options
         with self._stage("time rewrites"):
-            graph, context = planning.graph.copy(), Context(self.request.target, found.plan)
-            for step in transform():
-                if not step.weighed:
-                    continue
-                gain = weigh(graph, step, context, self.feeds, options, self.cache)
-                if gain is not None and gain.fault:
-                    self.report.verdict.notices.append(f"rewrite {step.name} was left out: {gain.fault}")
-                if gain is not None and gain.pays:
-                    found.rewritten |= PassManager([step]).run(graph, context)
-                elif gain is not None:
-                    planning.dropped.add(step.name)
+            graph = planning.graph.copy()
+            kept = keep_faster(graph, transform(), Context(self.request.target, found.plan), self.feeds, options,
+                               self.cache)
             planning.floors = self._floors(planning, found.plan, graph)
-        if planning.dropped or planning.floors:
+        planning.dropped |= kept.dropped
+        self.report.verdict.notices += kept.faults
+        found.rewritten = kept.rewritten or planning.floors
+        if kept.dropped or planning.floors:
             found.plan = planning.plan()
         if found.rewritten:
             found.latency, self.rival = None, self.folder / "float.onnx"
             self.build(all_float(found.plan, ""), self.rival)
 
     def _floors(self, planning: Planning, plan: Plan, graph: Graph) -> bool:
-        if planning.hiding is None or not planning.hiding.floors or NormalMasks.name in planning.dropped:
+        if planning.hiding is None or not planning.hiding.floors:
             return False
         floored = copy.deepcopy(plan)
         floored.maskings = {}

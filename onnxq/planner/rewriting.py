@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import networkx as nx
@@ -50,6 +50,33 @@ class Weighed:
     def pays(self) -> bool:
         """Whether the rewrite is right and faster."""
         return not self.fault and self.after_ms < (1 - _LEAST_GAIN) * self.before_ms
+
+
+@dataclass
+class Kept:
+    """`rewritten` tells whether any rewrite was applied, `dropped` the names of those that gain nothing, `faults` of
+    those that compute something else."""
+
+    rewritten: bool = False
+    dropped: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
+
+
+def keep_faster(graph: Graph, steps: Sequence[Pass], context: Context, feeds: Sequence[Feed], options: SessionOptions,
+                cache: TimingCache) -> Kept:
+    """Apply the weighed ones of some passes to the graph where they are faster, one after the other."""
+    found = Kept()
+    for step in (s for s in steps if s.weighed):
+        gain = weigh(graph, step, context, feeds, options, cache)
+        if gain is None:
+            continue
+        if gain.pays:
+            found.rewritten |= PassManager([step]).run(graph, context)
+        else:
+            found.dropped.add(step.name)
+        if gain.fault:
+            found.faults.append(f"rewrite {step.name} was left out: {gain.fault}")
+    return found
 
 
 def weigh(graph: Graph, step: Pass, context: Context, feeds: Sequence[Feed], options: SessionOptions,
