@@ -120,6 +120,8 @@ class _Compilation:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
             if graph.half or self.removed:
                 self._float_form(Path(folder) / "float.onnx")
+            if (evaluation or calib) is None:
+                feeds = self._runnable(feeds)
             self._decide(feeds, source, compiled)
             with self.stage("rewrite"):
                 graph = self._write(compiled, twin)
@@ -163,7 +165,8 @@ class _Compilation:
             self._passes([step for step in canonicalize() if not step.weighed], graph, removals)
         left_out = saved.dropped if saved is not None else ()
         weighed = [step for step in canonicalize() if step.weighed and step.name not in left_out]
-        if feeds and self.request.measure and saved is None:
+        known = data is not None or verification.runs(self.request.model, self.request.options)
+        if feeds and known and self.request.measure and saved is None:
             with self.stage("time rewrites"):
                 kept = keep_faster(graph, weighed, self.context, feeds, self.request.options, self.cache)
             self.dropped = kept.dropped
@@ -294,16 +297,22 @@ class _Compilation:
         if data is not None:
             return resized(verification.first_feeds(data, batch, 1)[0], ports, shapes), data.name
         try:
-            feeds = resized(verification.first_feeds(open_data("random", ports), batch, 1)[0], ports, shapes)
-            if verification.runs(self.request.model, self.request.options):  # half models may run as float32 alone
-                Session(self.request.model, self.request.options).run(feeds[0])
+            return (resized(verification.first_feeds(open_data("random", ports), batch, 1)[0], ports, shapes),
+                    "random inputs")
+        except DataError:
+            return [], ""
+
+    def _runnable(self, feeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Random feeds, where the model runs on them."""
+        try:
+            Session(self.reference, self.request.options).run(feeds[0] if feeds else {})
         except (DataError, ModelError):
             self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
                                                "nothing was timed or read back; give --calib or --eval")
-            return [], ""
+            return []
         self.report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
                                            "give --eval DATA")
-        return feeds, "random inputs"
+        return feeds
 
     def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
         request = self.request

@@ -40,6 +40,7 @@ _IN_FLOAT = (FLOAT, STORED)
 # what the runtime fuses into a kernel in front of it
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 # right kernels differ by a rounding here and there, which a deep model amplifies, but not beyond what int8 itself costs
+BLOCK_SECONDS, ROUNDS = 0.3, 5  # of the timing beside float
 LEAST_SEMANTIC_DB = 20.0
 COMPARISONS = ("cosine", "sqnr")  # metrics that need no labels: how far from the float model
 
@@ -191,13 +192,13 @@ def _worst(a: Session, b: Session, feeds: Sequence[Feed]) -> float | None:
 
 
 def latency(reference: str | Path, compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions, data: str,
-            *, block_seconds: float = 0.3, rounds: int = 5, progress: Progress | None = None) -> Latency:
+            *, progress: Progress | None = None) -> Latency:
     """Both models as deployed, in alternating blocks, the float model fully optimized, too."""
     done = itertools.count(1)
     bar = progress or Silent()
-    bar.total(rounds)
+    bar.total(ROUNDS)
     timing = measure.compare_models(Session(reference, SessionOptions(threads=options.threads)),
-                                    Session(compiled, options), list(feeds), block_seconds=block_seconds, rounds=rounds,
+                                    Session(compiled, options), list(feeds), block_seconds=BLOCK_SECONDS, rounds=ROUNDS,
                                     progress=lambda: bar.step(next(done)))
     shapes = {k: list(v.shape) for k, v in feeds[0].items()}
     return Latency(timing.a_ms, timing.b_ms, timing.ratio, timing.ratio_low, timing.ratio_high, shapes,

@@ -29,12 +29,33 @@ _homes = count()
 
 
 @pytest.fixture(autouse=True)
+def _shared_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own cache; what one test timed the next one need not."""
+    _use_cache(tmp_path_factory.getbasetemp() / "cache", monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test asserts a time, so none needs to measure well."""
+    from onnxq import settling, verification
+    from onnxq.planner import pricing, rewriting
+
+    for module, name in ((pricing, "BLOCK_SECONDS"), (pricing, "_SHORT_SECONDS"), (rewriting, "_BLOCK_SECONDS"),
+                         (settling, "_CONFIRM_SECONDS"), (verification, "BLOCK_SECONDS")):
+        monkeypatch.setattr(module, name, 0.01)
+
+
+@pytest.fixture
 def cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where caches of this test go, and of the processes that it starts; no test reads or writes the user's own."""
+    """A fresh folder for the caches of this test, and of the processes that it starts."""
     folder = tmp_path_factory.getbasetemp() / f"cache{next(_homes)}"
+    _use_cache(folder, monkeypatch)
+    return folder
+
+
+def _use_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     monkeypatch.setenv("LOCALAPPDATA", str(folder))  # its name on Windows
-    return folder
 
 
 # ------------------------------------------------------------------ building
