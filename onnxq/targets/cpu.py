@@ -69,6 +69,7 @@ CPU = Target(
         "Mul", "Resize", "Sigmoid", "Softmax", "Where",
     }),
     slow_fusions=frozenset({"SkipLayerNormalization"}),
+    fused=frozenset({"RotaryEmbedding"}),
     # the runtime puts Casts around nearly every float16 node; for bfloat16 it has no kernels but Cast and data movement
     half=False,
     contrib=frozenset({
