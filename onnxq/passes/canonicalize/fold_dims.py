@@ -41,7 +41,7 @@ class FoldDims(Pass):
             found = known[given[0]] if node.op == "Gather" else _sliced(known, given)
         except IndexError:
             return context.skip(node, "it reads a dimension that there is not")
-        if not all(isinstance(d, int) for d in np.ravel(found)):
+        if not all(isinstance(d, int) for d in np.asarray(found, object).ravel()):
             return False
         values = np.asarray(found, np.int64)
         graph.redirect(node.outputs[0], graph.constant(f"{node.outputs[0].name}.folded", values))

@@ -138,7 +138,7 @@ def _pairs(reshape: Node, graph: Graph) -> tuple[Tensor, Tensor, Tensor] | None:
         x = _of_pairs(graph, even, odd)
         wanted = [{even.name, sin.name}, {odd.name, cos.name}]
         found = [{t.name for t in p.inputs} for p in imaginary]
-        if x is not None and found in (wanted, wanted[::-1]) and _alike(shape_of(x), dims):
+        if x is not None and found in (wanted, wanted[::-1]) and _back_together(shape_of(x), dims):
             return x, cos, sin
     return None
 
@@ -148,10 +148,10 @@ def _apart(product: Node, index: int) -> tuple[Tensor, Tensor]:
     return product.inputs[index], product.inputs[1 - index]
 
 
-def _alike(a: Sequence[object] | None, b: Sequence[object]) -> bool:
-    """Whether two shapes agree where shape inference could follow them."""
-    return a is not None and len(a) == len(b) and all(
-        p == q or str(p).startswith(_LOST) or str(q).startswith(_LOST) for p, q in zip(a, b, strict=True))
+def _back_together(whole: Sequence[object] | None, made: Sequence[object]) -> bool:
+    """Whether [B, N, S, D/2, 2] became [B, N, S, D] again; S follows from the count of elements."""
+    return (whole is not None and len(made) == 4 and None not in (whole[0], whole[1], whole[3])
+            and (whole[0], whole[1], whole[3]) == (made[0], made[1], made[3]))
 
 
 def _of_pairs(graph: Graph, even: Tensor, odd: Tensor) -> Tensor | None:
