@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxq.graph import Graph, load, save
 from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.targets import Target
 
 GOLDEN = Path(__file__).parent / "golden"
 OPSET = 17
@@ -191,10 +192,11 @@ def leaves(opened: Opener, tmp_path: Path) -> Try:
 
 
 def _trier(opened: Opener, folder: Path, wanted: bool) -> Try:
-    def attempt(model: onnx.ModelProto, step: Pass, feed: Mapping[str, Any]) -> tuple[Graph, Skips]:
+    def attempt(model: onnx.ModelProto, step: Pass, feed: Mapping[str, Any],
+                target: Target | None = None) -> tuple[Graph, Skips]:
         graph = opened(model)
         before = text(graph)
-        edited, skips = apply(step, graph)
+        edited, skips = apply(step, graph, Context(target))
         after = text(graph)
         assert edited is wanted, after
         assert (after != before) is wanted, "what a pass returns is whether it edited"
@@ -203,7 +205,7 @@ def _trier(opened: Opener, folder: Path, wanted: bool) -> Try:
             path = folder / name
             save_checked(twin, path)
             assert_same(run(path, feed), expected, TOLERANCE if wanted else 0)
-        assert apply(step, graph)[0] is False, "a second run edits nothing"
+        assert apply(step, graph, Context(target))[0] is False, "a second run edits nothing"
         assert text(graph) == after
         return graph, skips
 

@@ -19,6 +19,7 @@ class Target:
     `pairs_with_q` names the operators that the runtime rewrites to integer when they stand between DQ and Q;
     `slow_fusions` names fusions of the runtime that are slower than what they replace;
     `saturates` tells whether it adds two products of uint8 by int8 in 16 bits, for which weight scales leave room;
+    `fused` names its com.microsoft operators that are faster than the small operators which they stand for;
     `half` tells whether it computes in float16 and bfloat16: where not, such models are computed in float32;
     `contrib` names the com.microsoft operators that take float32 wherever they take a half type.
     """
@@ -34,5 +35,6 @@ class Target:
     pairs_with_q: frozenset[str] = frozenset()
     slow_fusions: frozenset[str] = frozenset()
     saturates: bool = False
+    fused: frozenset[str] = frozenset()
     half: bool = False
     contrib: frozenset[str] = frozenset()

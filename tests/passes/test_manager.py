@@ -127,9 +127,9 @@ def test_absorbed_nodes() -> None:
 
 def test_pipelines_print_as_what_rebuilds_them() -> None:
     assert [str(p) for p in canonicalize()] == [
-        "widen-half", "remove-identity", "fold-constants(max_bytes=67108864)", "hard-swish", "fold-batchnorm",
-        "affine-to-conv", "sum-to-add", "normal-gemm", "prelu-to-leaky", "all-axes",
-        "share-duplicates(min_elements=256)"]
+        "widen-half", "remove-identity", "fold-dims", "fold-constants(max_bytes=67108864)", "hard-swish",
+        "fold-batchnorm", "affine-to-conv", "sum-to-add", "normal-gemm", "prelu-to-leaky", "all-axes",
+        "share-duplicates(min_elements=256)", "rotary-embedding", "share-kv-heads"]
     assert [str(p) for p in transform()] == ["correct-bias", "keep-layer-norm"]
     assert FoldConstants(max_bytes=67108864) in canonicalize()
     assert ShareDuplicates(min_elements=1) not in canonicalize()
