@@ -28,6 +28,7 @@ class RotaryEmbedding(Pass):
     """
 
     name: ClassVar[str] = "rotary-embedding"
+    weighed: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> bool:
         """What the small operators read alone goes at the end."""

@@ -26,6 +26,7 @@ class ShareKVHeads(Pass):
     """
 
     name: ClassVar[str] = "share-kv-heads"
+    weighed: ClassVar[bool] = True
 
     def run(self, graph: Graph, context: Context) -> bool:
         """Repeats that nobody reads any more go at the end."""
