@@ -130,7 +130,8 @@ def test_pipelines_print_as_what_rebuilds_them() -> None:
         "widen-half", "remove-identity", "fold-dims", "fold-constants(max_bytes=67108864)", "hard-swish",
         "fold-batchnorm", "affine-to-conv", "sum-to-add", "normal-gemm", "prelu-to-leaky", "all-axes",
         "share-duplicates(min_elements=256)", "rotary-embedding", "share-kv-heads"]
-    assert [str(p) for p in transform()] == ["correct-bias", "keep-layer-norm"]
+    assert [str(p) for p in transform()] == ["correct-bias", "add-masks", "normal-masks", "keep-layer-norm"]
+    assert [p.name for p in transform(("add-masks", "keep-layer-norm"))] == ["correct-bias", "normal-masks"]
     assert FoldConstants(max_bytes=67108864) in canonicalize()
     assert ShareDuplicates(min_elements=1) not in canonicalize()
 
