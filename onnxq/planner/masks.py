@@ -24,6 +24,7 @@ from onnxq.plan import BOUNDED, FLOORED, ROW_FLOORED, Masking, Plan
 
 _ROW_FLOOR = -30.0  # below the greatest of a row: exact for up to five million keys
 _MASKS = "; its mask "  # between a node's reason and what is said on masks
+_OPSET = 11  # of Clip with a computed bound and of axes counted from the end
 _BEYOND = -1e9  # no scores lie near that, calibrated or not
 _SHALLOW = -80.0  # a mask that adds no less makes no denormals worth mending
 
@@ -96,7 +97,7 @@ class Masks:
 def find(graph: Graph) -> Masks:
     """The masks of a canonical graph, which stays as it is; those in bodies of If and Loop are left alone."""
     found = Masks(graph)
-    softmaxes = [n for n in graph.nodes if masks.over_last_axis(graph, n)]
+    softmaxes = [n for n in graph.nodes if masks.over_last_axis(graph, n)] if graph.opset >= _OPSET else []
     for node in softmaxes:
         _add(found, node)
     if not found.added and all(masks.added(graph, n) is None for n in softmaxes):
@@ -201,8 +202,8 @@ def _decide_added(found: Masks, plan: Plan) -> None:
         fill, softmax = found.hidden.get(name, (-math.inf, ""))
         seen = found.observed.get(softmax)
         if fill > _BEYOND and (seen is None or _stays(seen) is not None or not masking.hides(fill, seen.known)):
-            found.selected.append(softmax)
             found.observed.pop(softmax, None)
+            found.selected += [] if softmax in found.selected else [softmax]
             _say(plan, name, f"is selected still: scores may lie near {fill:g}")
         else:
             plan.added[name] = number
@@ -223,8 +224,7 @@ def _stays(seen: _Observed) -> str | None:
 def _no_fill(found: Masks, name: str) -> str:
     """Enter the floor of a Softmax whose mask has no fill that is exact; tells why."""
     seen = found.observed[name]
-    lowered = found.graph.opset >= 11 and all(m.range.high <= 0.0 for m in seen.masks.values())  # Clip-11
-    floor = masking.floor(seen.known) if lowered else None
+    floor = masking.floor(seen.known) if all(m.range.high <= 0.0 for m in seen.masks.values()) else None
     form, value = (ROW_FLOORED, _ROW_FLOOR) if floor is None else (FLOORED, floor.value)
     found.floors[name] = Masking(name, form, value)
     return (f"keeps its fill: none in the range of exp is exact for scores {masking.REACH:g} times those of the "
