@@ -128,7 +128,8 @@ def test_absorbed_nodes() -> None:
 def test_pipelines_print_as_what_rebuilds_them() -> None:
     assert [str(p) for p in canonicalize()] == [
         "widen-half", "remove-identity", "fold-dims", "fold-constants(max_bytes=67108864)", "hard-swish",
-        "fold-batchnorm", "affine-to-conv", "sum-to-add", "normal-gemm", "prelu-to-leaky", "all-axes",
+        "fold-batchnorm", "affine-to-conv", "affine-to-batchnorm", "batchnorm-to-conv", "conv-before-pool",
+        "shuffle-to-gather", "sum-to-add", "normal-gemm", "prelu-to-leaky", "all-axes",
         "share-duplicates(min_elements=256)", "rotary-embedding", "share-kv-heads"]
     assert [str(p) for p in transform()] == ["correct-bias", "add-masks", "normal-masks", "keep-layer-norm"]
     assert [p.name for p in transform(("add-masks", "keep-layer-norm"))] == ["correct-bias", "normal-masks"]
