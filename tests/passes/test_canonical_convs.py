@@ -56,7 +56,8 @@ NOT_AFFINE: dict[str, tuple[list[onnx.NodeProto], list[str], list[tuple[str, str
     "read elsewhere": ([NORM, node("Add", "n c", "y"), node("Relu", "n", "z")], ["y", "z"],
                        [("Add_y", "the result of BatchNormalization_n is read elsewhere too")]),
     "computed beta": ([node("Relu", "beta", "g"), node("BatchNormalization", "x gamma g mean var", "n"),
-                       node("Mul", "n c", "y")], ["y"], [("Mul_y", "the BatchNormalization's gamma or beta is computed")]),
+                       node("Mul", "n c", "y")], ["y"],
+                      [("Mul_y", "the BatchNormalization's gamma or beta is computed")]),
     "another operator": ([node("Relu", "x", "r"), node("Mul", "r c", "y")], ["y"], []),
     "two computed": ([NORM, node("Mul", "n x", "y")], ["y"], []),
 }
@@ -166,7 +167,7 @@ def test_a_channel_shuffle_is_a_gather(fires: Try) -> None:
 
 def test_other_transposes_stay(leaves: Try) -> None:
     assert leaves(shuffle([0, 1, 2, 4, 3]), ShuffleToGather(), IMAGE)[1] == []
-    read = [node("ReduceMax", "a", "z")]
+    read = [node("ReduceMax", "a", "z", axes=[2], keepdims=0)]
     assert leaves(shuffle([0, 2, 1, 3, 4], more=read), ShuffleToGather(), IMAGE)[1] == [
         ("Transpose_t", "the result of Reshape_a is read elsewhere too")]
     assert leaves(shuffle([0, 2, 1, 3], apart="rows"), ShuffleToGather(), IMAGE)[1] == []

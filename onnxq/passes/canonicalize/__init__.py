@@ -16,9 +16,8 @@ from onnxq.passes.canonicalize.prelu_to_leaky import PReluToLeaky
 from onnxq.passes.canonicalize.remove_identity import RemoveIdentity
 from onnxq.passes.canonicalize.rotary_embedding import RotaryEmbedding
 from onnxq.passes.canonicalize.share_duplicates import ShareDuplicates
-    return [WidenHalf(), RemoveIdentity(), FoldDims(), FoldConstants(), HardSwish(), FoldBatchNorm(), AffineToConv(),
-            AffineToBatchNorm(), BatchNormToConv(), ConvBeforePool(), ShuffleToGather(), SumToAdd(), NormalGemm(),
-            PReluToLeaky(), AllAxes(), ShareDuplicates(), RotaryEmbedding(), ShareKVHeads()]
+from onnxq.passes.canonicalize.share_kv_heads import ShareKVHeads
+from onnxq.passes.canonicalize.shuffle_to_gather import ShuffleToGather
 from onnxq.passes.canonicalize.sum_to_add import SumToAdd
 from onnxq.passes.canonicalize.widen_half import WidenHalf
 from onnxq.passes.manager import Pass
@@ -26,11 +25,6 @@ from onnxq.passes.manager import Pass
 
 def canonicalize() -> list[Pass]:
     """The passes in the order that needs one round."""
-<<<<<<< HEAD
     return [WidenHalf(), RemoveIdentity(), FoldDims(), FoldConstants(), HardSwish(), FoldBatchNorm(), AffineToConv(),
-            SumToAdd(), NormalGemm(), PReluToLeaky(), AllAxes(), ShareDuplicates(), RotaryEmbedding(), ShareKVHeads()]
-=======
-    return [WidenHalf(), RemoveIdentity(), FoldConstants(), HardSwish(), FoldBatchNorm(), AffineToConv(),
             AffineToBatchNorm(), BatchNormToConv(), ConvBeforePool(), ShuffleToGather(), SumToAdd(), NormalGemm(),
-            PReluToLeaky(), AllAxes(), ShareDuplicates()]
->>>>>>> 0efb0cf (wip)
+            PReluToLeaky(), AllAxes(), ShareDuplicates(), RotaryEmbedding(), ShareKVHeads()]

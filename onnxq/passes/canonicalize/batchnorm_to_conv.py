@@ -36,7 +36,7 @@ class BatchNormToConv(Pass):
         maker, dims = graph.producer(node.inputs[0]), shape_of(node.inputs[0]) or ()
         if maker is None or maker.op in ("Conv", "ConvTranspose", "Gemm"):
             return context.skip(node, "it reads an input of the model, or a layer that other nodes read, too")
-        channels = int(np.prod(shape_of(node.inputs[1]) or (0,)))
+        channels = int((shape_of(node.inputs[1]) or (0,))[0] or 0)
         if len(dims) != 4 or channels % _BLOCK:
             return context.skip(node, f"what it reads is not [N, C, H, W] with C a multiple of {_BLOCK}")
         gamma, beta, mean, var = (np.asarray(graph.read(t), np.float64) for t in node.inputs[1:5])

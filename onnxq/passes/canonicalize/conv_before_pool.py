@@ -36,7 +36,7 @@ class ConvBeforePool(Pass):
             return context.skip(node, f"{conv.name} has strides or pads")
         if any(s != 1 for s in node.attrs.get("strides", ())):
             return context.skip(node, f"its stride spares {conv.name} work")
-        if not int(dims[0]) < int(dims[1]):
+        if not int(dims[0] or 0) < int(dims[1] or 0):
             return context.skip(node, f"{conv.name} makes more channels than it reads")
         padded = any(node.attrs.get("pads", ())) or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
         if padded and node.attrs.get("count_include_pad", 0) and graph.optional_input(conv, 2) is not None:

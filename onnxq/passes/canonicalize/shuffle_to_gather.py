@@ -37,7 +37,8 @@ class ShuffleToGather(Pass):
             return context.skip(node, "the sizes around it are not known")
         if before[1:] != after[1:] or len(split) != len(before) + 1 or split[3:] != before[2:]:
             return False
-        order = np.arange(before[1]).reshape(split[1:3]).T.reshape(-1)
+        groups, channels = (int(d or 0) for d in split[1:3])
+        order = np.arange(groups * channels).reshape(groups, channels).T.reshape(-1)
         source, result, name = apart.inputs[0], together.outputs[0], node.name
         for old in (apart, node, together):
             graph.remove(old)
