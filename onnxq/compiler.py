@@ -73,6 +73,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
+    if format == "qdq":  # for other runtimes, too: standard operators alone
+        here = replace(here, fused=frozenset())
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
     if objective not in OBJECTIVES:

@@ -40,6 +40,7 @@ _IN_FLOAT = (FLOAT, STORED)
 # what the runtime fuses into a kernel in front of it
 ACTIVATIONS = frozenset({"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"})
 # right kernels differ by a rounding here and there, which a deep model amplifies, but not beyond what int8 itself costs
+_READ_BACK = 3  # runs of which the median tells a kernel's time; the first one allocates
 BLOCK_SECONDS, ROUNDS = 0.3, 5  # of the timing beside float
 LEAST_SEMANTIC_DB = 20.0
 COMPARISONS = ("cosine", "sqnr")  # metrics that need no labels: how far from the float model
@@ -223,7 +224,7 @@ def what_ran(plan: Plan, compiled: str | Path, feeds: Sequence[Feed], options: S
     not run as an integer kernel on the wanted provider, or one planned float that ran as one of its own, is a failure.
     Of a body that these feeds don't enter, nothing is known: a notice says so.
     """
-    found = _kernels(plan, executed(compiled, feeds, options, read_nodes), outputs)
+    found = _kernels(plan, executed(compiled, list(feeds) * _READ_BACK, options, read_nodes), outputs)
     shared = {id(found[n.node]) for n in plan.nodes.values() if n.scheme not in _IN_FLOAT and n.node in found
               and n.op not in ("DequantizeLinear", "QuantizeLinear")}
     rows, unseen = [], []
