@@ -41,7 +41,7 @@ def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from onnxq import settling, verification
     from onnxq.planner import pricing, rewriting
 
-    for module, name in ((pricing, "BLOCK_SECONDS"), (pricing, "_SHORT_SECONDS"), (rewriting, "_BLOCK_SECONDS"),
+    for module, name in ((pricing, "BLOCK_SECONDS"), (rewriting, "_BLOCK_SECONDS"),
                          (settling, "_CONFIRM_SECONDS"), (verification, "BLOCK_SECONDS")):
         monkeypatch.setattr(module, name, 0.01)
 

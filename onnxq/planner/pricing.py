@@ -24,7 +24,7 @@ from onnxq.targets import Target
 
 LEAST_CHECK_DB = 25.0  # codes that are off by one everywhere still agree to about 30 dB
 _ROWS_OF_DECODING = 16  # with more rows than these, reading the weights no longer decides how long a kernel takes
-_MANY_UNITS, _SHORT_SECONDS = 40, 0.1  # larger models get shorter blocks
+_ALL_BLOCKS_SECONDS = 8.0  # shared by the units of one round of one candidate: larger models get shorter blocks
 _LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose"})
 _MODEL_ROUNDS = 25  # profiled runs, to tell a kernel from the layout conversions around it
 
@@ -178,9 +178,8 @@ class _Candidates:
             sessions.append(session)
             calls[name] = [session.cycle([form.feed for form in made])]
             shares[name] = self._kernel_share(path, made[0])
-        many = len(self.bench.found.units) > _MANY_UNITS
-        times = race(calls, per_call=dict.fromkeys(calls, self.copies),
-                     block_seconds=_SHORT_SECONDS if many else BLOCK_SECONDS)
+        seconds = min(BLOCK_SECONDS, _ALL_BLOCKS_SECONDS / len(self.bench.found.units))
+        times = race(calls, per_call=dict.fromkeys(calls, self.copies), block_seconds=seconds)
         return {name: _scaled(time, shares[name]) for name, time in times.items()}
 
     def _kernel_share(self, path: Path, form: Form) -> float:
