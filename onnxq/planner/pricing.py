@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from onnxq.errors import ModelError
 from onnxq.graph import Graph, read_nodes, repeat, save, weight_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.plan import FLOAT, Plan
@@ -96,7 +97,7 @@ class _Bench:
             if key not in known:
                 times = self.cache.get(about)
                 if times is None:
-                    times = candidates.race()
+                    times = candidates.race(without=wrong)
                     self.cache.put(about, times)
                 known[key] = times
         right = {name: time for name, time in known[key].items() if name not in wrong}
@@ -134,7 +135,11 @@ class _Candidates:
             key = self._check_key(self.forms[name][0], twin)
             db = self.bench.cache.checked(key)
             if db is None:
-                db = self._agreement(name, twin)
+                try:
+                    db = self._agreement(name, twin)
+                except ModelError as e:
+                    found[name] = f"does not run: {e}"
+                    continue
                 self.bench.cache.note_check(key, db)
             if db < LEAST_CHECK_DB:
                 found[name] = f"agrees to {db:.1f} dB only with what its Q/DQ form says"
@@ -164,19 +169,19 @@ class _Candidates:
             folds[-1].update(left.astype(np.float32) - centre, right.astype(np.float32) - centre)
         return min((f.sqnr_db for f in folds if f.sqnr_db is not None), default=float("inf"))
 
-    def race(self) -> dict[str, KernelTime]:
+    def race(self, without: Collection[str]) -> dict[str, KernelTime]:
         """Milliseconds of each candidate, without what converts layouts around it: in a region there are none."""
         calls: dict[str, list[Callable[[], None]]] = {}
-        shares, sessions = {}, []
+        shares = {}
         for name, made in self.forms.items():
+            if name in without:
+                continue
             path = self.folder / f"{len(calls)}.onnx"
             graph = made[0].graph
             if self.copies > 1:
                 repeat(graph, self.copies)
             save(graph, path)
-            session = Session(path, self.bench.options)
-            sessions.append(session)
-            calls[name] = [session.cycle([form.feed for form in made])]
+            calls[name] = [Session(path, self.bench.options).cycle([form.feed for form in made])]
             shares[name] = self._kernel_share(path, made[0])
         seconds = min(BLOCK_SECONDS, _ALL_BLOCKS_SECONDS / len(self.bench.found.units))
         times = race(calls, per_call=dict.fromkeys(calls, self.copies), block_seconds=seconds)

@@ -142,6 +142,24 @@ def test_a_kernel_that_computes_something_else_is_reported_and_has_no_time(
     assert mended.faults == []  # a check is known by what was checked, not by the unit's name
 
 
+def test_a_kernel_that_does_not_run_is_reported_and_not_raced(
+        convs: Planned, races: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pricing.emit
+
+    def unknown(graph: Graph, unit: Any, *rest: Any) -> Any:
+        form, twin = right(graph, unit, *rest)
+        if unit.name == "add" and form.graph.nodes[0].op == "QLinearAdd":
+            form.graph.nodes[0].op = "QLinearNothing"
+        return form, twin
+
+    monkeypatch.setattr(pricing, "emit", unknown)
+    found = price(*convs, HERE, [FEED], ONE_THREAD, TimingCache({"on": "this"}, tmp_path))
+    assert ["float"] in races
+    assert list(found.times["add"]) == ["float"]
+    [fault] = found.faults
+    assert fault.startswith("add: QLinearAdd does not run: ")
+
+
 def test_small_batches_read_their_weights_from_memory(opened: Opener, races: list[list[str]], tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """One row: as many copies as exceed the cache; with many rows a single one."""
