@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +97,7 @@ class _Bench:
             if key not in known:
                 times = self.cache.get(about)
                 if times is None:
-                    times = candidates.race(without=wrong)
+                    times = candidates.race()
                     self.cache.put(about, times)
                 known[key] = times
         right = {name: time for name, time in known[key].items() if name not in wrong}
@@ -127,7 +127,7 @@ class _Candidates:
         return copies_needed(stored, self.bench.model_bytes)
 
     def wrong(self) -> dict[str, str]:
-        """Candidate -> how its result differs from that of its QDQ twin, for those whose result does."""
+        """Candidate -> how its result differs from that of its QDQ twin; those that don't run are left out from then."""
         found = {}
         for name, twin in self.twins.items():
             if name == FLOAT:
@@ -139,6 +139,7 @@ class _Candidates:
                     db = self._agreement(name, twin)
                 except ModelError as e:
                     found[name] = f"does not run: {e}"
+                    self.forms.pop(name)
                     continue
                 self.bench.cache.note_check(key, db)
             if db < LEAST_CHECK_DB:
@@ -169,13 +170,11 @@ class _Candidates:
             folds[-1].update(left.astype(np.float32) - centre, right.astype(np.float32) - centre)
         return min((f.sqnr_db for f in folds if f.sqnr_db is not None), default=float("inf"))
 
-    def race(self, without: Collection[str]) -> dict[str, KernelTime]:
+    def race(self) -> dict[str, KernelTime]:
         """Milliseconds of each candidate, without what converts layouts around it: in a region there are none."""
         calls: dict[str, list[Callable[[], None]]] = {}
         shares = {}
         for name, made in self.forms.items():
-            if name in without:
-                continue
             path = self.folder / f"{len(calls)}.onnx"
             graph = made[0].graph
             if self.copies > 1:
