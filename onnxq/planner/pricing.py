@@ -127,7 +127,7 @@ class _Candidates:
         return copies_needed(stored, self.bench.model_bytes)
 
     def wrong(self) -> dict[str, str]:
-        """Candidate -> how its result differs from that of its QDQ twin; one that does not run is left out from then."""
+        """Candidate -> how its result differs from that of its QDQ twin; one that does not run is left out then."""
         found = {}
         for name, twin in self.twins.items():
             if name == FLOAT:
