@@ -38,18 +38,22 @@ class Place:
 
 @dataclass
 class Weighed:
-    """What a pass gains: milliseconds of all its places as they were and rewritten, and why it is dropped, if it is."""
+    """What a pass gains: milliseconds of all its places as they were and rewritten, the least of the former and the
+    greatest of the latter over the rounds, and what it computes wrongly, if anything."""
 
     name: str
     places: int
     before_ms: float = 0.0
     after_ms: float = 0.0
+    before_low: float = 0.0
+    after_high: float = 0.0
     fault: str = ""
 
     @property
     def pays(self) -> bool:
-        """Whether the rewrite is right and faster."""
-        return not self.fault and self.after_ms < (1 - _LEAST_GAIN) * self.before_ms
+        """Whether the rewrite is right and faster: by more than a tie, and beyond the spread of the rounds."""
+        beyond_noise = self.after_ms < self.before_low and self.after_high < self.before_ms
+        return not self.fault and beyond_noise and self.after_ms < (1 - _LEAST_GAIN) * self.before_ms
 
 
 @dataclass
@@ -108,6 +112,8 @@ def weigh(graph: Graph, step: Pass, context: Context, feeds: Sequence[Feed], opt
             known[repr(about)] = times
             found.before_ms += times[BEFORE].ms
             found.after_ms += times[AFTER].ms
+            found.before_low += times[BEFORE].low
+            found.after_high += times[AFTER].high
     return found
 
 

@@ -83,6 +83,15 @@ def test_a_rewrite_is_kept_where_it_is_faster_beyond_a_tie(
     assert [n.op for n in norms.nodes].count("Sum") == 0, "the graph itself stays as it is"
 
 
+def test_a_gain_within_the_spread_of_the_rounds_is_none(norms: Graph, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = {BEFORE: KernelTime(1.0, 0.7, 1.2, 3), AFTER: KernelTime(0.8, 0.6, 0.9, 3)}
+    monkeypatch.setattr(rewriting, "race", lambda *_, **__: spread)
+    found = weighed(norms, KeepLayerNorm(), tmp_path)
+    assert found is not None
+    assert not found.pays
+
+
 def test_places_known_from_before_are_not_timed_again(norms: Graph, race: Callable[[float, float], list[int]],
                                                       tmp_path: Path) -> None:
     runs = race(1.0, 0.5)
