@@ -170,11 +170,11 @@ class _Compilation:
         known = data is not None or verification.runs(self.request.model, self.request.options)
         if feeds and known and self.request.measure and saved is None:
             with self.stage("time rewrites"):
-                kept = keep_faster(graph, weighed, self.context, feeds, self.request.options, self.cache)
+                kept = keep_faster(graph, weighed, self.context, feeds, self.request.options, self.cache, [removals])
             self.dropped = kept.dropped
             self.report.verdict.notices += kept.faults
         else:
-            self._passes(weighed, graph)
+            self._passes(weighed, graph, removals)
         if graph.half:
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "

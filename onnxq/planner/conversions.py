@@ -24,13 +24,12 @@ _SCALE, _ZERO_POINT = np.asarray(0.02, np.float32), np.asarray(128, np.uint8)
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds at the element counts of `counts`: QuantizeLinear, DequantizeLinear and the Transpose of codes
-    between the layouts of a float and an integer Conv; `call` is what running the smallest graph takes."""
+    between the layouts of a float and an integer Conv, each without what running any graph takes."""
 
     counts: tuple[int, ...]
     quantize: tuple[float, ...]
     dequantize: tuple[float, ...]
     layout: tuple[float, ...]
-    call: float = 0.0
 
     def to_codes(self, elements: int, rank: int) -> float:
         """Milliseconds from float to uint8 codes; tensors of more than 3 axes change their layout, too."""
@@ -66,7 +65,7 @@ def measure(options: SessionOptions, cache: TimingCache) -> Costs:
         call = call or times["call"].ms
         for name, row in rows.items():
             row.append(max(times[name].ms - call, 0.0))
-    return Costs(_COUNTS, tuple(rows["quantize"]), tuple(rows["dequantize"]), tuple(rows["layout"]), call)
+    return Costs(_COUNTS, tuple(rows["quantize"]), tuple(rows["dequantize"]), tuple(rows["layout"]))
 
 
 def _time(count: int, options: SessionOptions) -> dict[str, KernelTime]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxq.graph import Graph, Node, cut, is_constant, save, shape_of
 from onnxq.numerics.comparison import Comparison
-from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.passes.manager import Context, Hook, Pass, PassManager
 from onnxq.planner.candidates import describe
 from onnxq.planner.values import Feed, Values
 from onnxq.runtime.blocks import Call
@@ -67,15 +67,18 @@ class Kept:
 
 
 def keep_faster(graph: Graph, steps: Sequence[Pass], context: Context, feeds: Sequence[Feed], options: SessionOptions,
-                cache: TimingCache) -> Kept:
-    """Apply the weighed ones of some passes to the graph where they are faster, one after the other."""
+                cache: TimingCache, hooks: Sequence[Hook] = ()) -> Kept:
+    """Apply the weighed ones of some passes to the graph where they are faster, one after the other.
+
+    `hooks` are those of the manager that applies them.
+    """
     found = Kept()
     for step in (s for s in steps if s.weighed):
         gain = weigh(graph, step, context, feeds, options, cache)
         if gain is None:
             continue
         if gain.pays:
-            found.rewritten |= PassManager([step]).run(graph, context)
+            found.rewritten |= PassManager([step], hooks).run(graph, context)
         else:
             found.dropped.add(step.name)
         if gain.fault:
