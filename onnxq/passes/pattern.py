@@ -36,6 +36,25 @@ class Stored:
     clamp: Node | None
 
 
+def behind(graph: Graph, node: Node, op: str) -> tuple[Node, Tensor] | None:
+    """(maker, constant) of an Add or Mul of a constant and what an operator `op` makes; None for anything else."""
+    if node.op not in ("Add", "Mul") or node.domain:
+        return None
+    index = next((i for i, t in enumerate(node.inputs) if is_constant(t)), None)
+    source = node.inputs[1 - index] if index is not None else None
+    maker = graph.producer(source) if source is not None else None
+    if maker is None or maker.op != op or maker.domain or maker.outputs[0] is not source:
+        return None
+    return maker, node.inputs[index]
+
+
+def per_channel(given: tuple[int, ...], rank: int, channels: int) -> bool:
+    """Whether a constant of this shape gives a tensor [N, C, ..] of that rank one number per channel, or one for all."""
+    padded = (1,) * (rank - len(given)) + given
+    others = [d for k, d in enumerate(padded) if k != 1]
+    return len(padded) == rank and padded[1] in (1, channels) and all(d == 1 for d in others)
+
+
 def read(graph: Graph, tensor: Tensor) -> Codes | None:
     """The codes behind a DequantizeLinear with an explicit zero point, else None."""
     node = graph.producer(tensor)

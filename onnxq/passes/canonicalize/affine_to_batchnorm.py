@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.graph import Graph, Node, is_constant, shape_of
+from onnxq.passes import pattern
 from onnxq.passes.manager import Context, Pass
 
 
@@ -23,22 +24,18 @@ class AffineToBatchNorm(Pass):
 
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Fold one Add or Mul."""
-        if node.op not in ("Add", "Mul") or node.domain:
+        found = pattern.behind(graph, node, "BatchNormalization")
+        if found is None:
             return False
-        index = next((i for i, t in enumerate(node.inputs) if is_constant(t)), None)
-        if index is None:
-            return False
-        source = node.inputs[1 - index]
-        norm = graph.producer(source)
-        if norm is None or norm.op != "BatchNormalization" or norm.domain:
-            return False
+        norm, factor = found
+        source = norm.outputs[0]
         if graph.only_consumer(source) is None:
             return context.skip(node, f"the result of {norm.name} is read elsewhere too")
         if not all(is_constant(t) for t in norm.inputs[1:3]):
             return context.skip(node, "the BatchNormalization's gamma or beta is computed")
-        given, dims = np.asarray(graph.read(node.inputs[index])), shape_of(source)
+        given, dims = np.asarray(graph.read(factor)), shape_of(source)
         gamma, beta = (np.asarray(graph.read(t)) for t in norm.inputs[1:3])
-        if dims is None or not _per_channel(given.shape, len(dims), len(gamma)):
+        if dims is None or not pattern.per_channel(given.shape, len(dims), len(gamma)):
             what = "adds" if node.op == "Add" else "multiplies by"
             return context.skip(node, f"what it {what} is not one number per channel")
         numbers = np.broadcast_to(given.reshape(-1), gamma.shape)
@@ -50,9 +47,3 @@ class AffineToBatchNorm(Pass):
         graph.remove(node)
         graph.set_output(norm, 0, result)
         return True
-
-
-def _per_channel(given: tuple[int, ...], rank: int, channels: int) -> bool:
-    padded = (1,) * (rank - len(given)) + given
-    others = [d for k, d in enumerate(padded) if k != 1]
-    return len(padded) == rank and padded[1] in (1, channels) and all(d == 1 for d in others)

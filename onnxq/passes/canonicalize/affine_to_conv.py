@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
+from onnxq.passes import pattern
 from onnxq.passes.manager import Context, Pass
 
 
@@ -24,22 +25,16 @@ class AffineToConv(Pass):
 
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Fold one Add or Mul."""
-        if node.op not in ("Add", "Mul") or node.domain:
+        found = pattern.behind(graph, node, "Conv")
+        if found is None or not is_constant(found[0].inputs[1]):
             return False
-        index = next((i for i, t in enumerate(node.inputs) if is_constant(t)), None)
-        if index is None:
-            return False
-        source = node.inputs[1 - index]
-        conv = graph.producer(source)
-        if conv is None or conv.op != "Conv" or conv.domain or not is_constant(conv.inputs[1]):
-            return False
-        if graph.only_consumer(source) is None:
+        conv, factor = found
+        if graph.only_consumer(conv.outputs[0]) is None:
             return context.skip(node, f"the result of {conv.name} is read elsewhere too")
         dims = shape_of(conv.inputs[1]) or ()
         channels, rank = int(dims[0] or 0), len(dims)
-        given = np.asarray(graph.read(node.inputs[index]))
-        padded = (1,) * (rank - given.ndim) + given.shape
-        if len(padded) != rank or padded[1] not in (1, channels) or any(d != 1 for k, d in enumerate(padded) if k != 1):
+        given = np.asarray(graph.read(factor))
+        if not pattern.per_channel(given.shape, rank, channels):
             what = "adds" if node.op == "Add" else "multiplies by"
             return context.skip(node, f"what it {what} is not one number per channel")
         own = graph.optional_input(conv, 2)
