@@ -49,7 +49,7 @@ def behind(graph: Graph, node: Node, op: str) -> tuple[Node, Tensor] | None:
 
 
 def per_channel(given: tuple[int, ...], rank: int, channels: int) -> bool:
-    """Whether a constant of this shape gives a tensor [N, C, ..] of that rank one number per channel, or one for all."""
+    """Whether a constant of this shape gives a tensor [N, C, ..] of that rank one number per channel, or one in all."""
     padded = (1,) * (rank - len(given)) + given
     others = [d for k, d in enumerate(padded) if k != 1]
     return len(padded) == rank and padded[1] in (1, channels) and all(d == 1 for d in others)
