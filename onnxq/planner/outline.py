@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
 from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
 from onnxq.planner import composites, given
 from onnxq.planner.at_run_time import lower_at_run_time
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
 from onnxq.planner.left import lower_left
+from onnxq.planner.pools import pool_kernel
 from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import verdicts
 from onnxq.planner.storing import store
@@ -182,14 +184,15 @@ class _Outliner:
     def _int_verdict(self, node: Node, found: Outline) -> None:
         link = self.chains[node.name]
         as_int = self.regions.int_result(node)
-        lowering = self.target.lowerings[(node.op, "int" if as_int else "float")]
+        lowering = (pool_kernel(node, self.target) if node.op == "AveragePool"
+                    else self.target.lowerings[(node.op, "int" if as_int else "float")])
         data, made = data_inputs(node), [t.name for t in results(self.graph, node, link)]
         for tensor in data:
             found.want(self.graph, tensor)
         if as_int:
             self._made_as_codes(found, node, data, made)
         found.nodes[node.name] = NodePlan(
-            node.name, node.op, self.recipe.scheme.name, lowering, _why(node, as_int),
+            node.name, node.op, self.recipe.scheme.name, lowering, _why(node, as_int, lowering),
             int_inputs=tuple(range(len(data))), int_output=as_int,
             result=made[0] if as_int else link.unclamped.name, more_results=tuple(made[1:]),
             weight=node.inputs[1].name if node.op in WEIGHTED else None,
@@ -254,10 +257,12 @@ class _Outliner:
                 found.nodes[name] = replace(verdict, reason="it only chooses what runs; see the nodes inside")
 
 
-def _why(node: Node, as_int: bool) -> str:
+def _why(node: Node, as_int: bool, lowering: str) -> str:
     if node.op in WEIGHTED:
         made = "int8" if as_int else "float"
         return f"its weights are stored in the model, so that they and what it reads are int8; its result is {made}"
+    if node.op == "AveragePool" and lowering == POOLED_BY_CONV:
+        return "between int8 operators; over so few elements a Conv of ones is the faster kernel"
     return "between int8 operators"
 
 

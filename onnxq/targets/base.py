@@ -12,6 +12,8 @@ class Target:
     `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers, and
     (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row, and
     ("MatMul", "left") to the one for a constant on the left side;
+    ("AveragePool", "sum") is the kernel for windows of up to `largest_sum` elements, where these are divided by up to
+    `most_divisors` different numbers, as padding does not count;
     `least_channels_3d` is the least number of channels that a filter of a 3-D Conv reads for int8 to be faster;
     `least_hidden` is the least hidden size of an LSTM for which int8 gains more than quantizing each step costs;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
@@ -28,6 +30,8 @@ class Target:
     provider: str
     format: str
     lowerings: dict[tuple[str, str], str] = field(default_factory=dict)
+    largest_sum: int = 0
+    most_divisors: int = 1
     least_channels_3d: int = 1
     least_hidden: int = 1
     small: int = 1

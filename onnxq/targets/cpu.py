@@ -31,6 +31,7 @@ CPU = Target(
         ("LSTM", "tensor"): "DynamicQuantizeLSTM",
         ("Add", "int"): "QLinearAdd",
         ("AveragePool", "int"): "QLinearAveragePool",
+        ("AveragePool", "sum"): "QLinearConv",
         ("Concat", "int"): "QLinearConcat",
         ("GlobalAveragePool", "int"): "QLinearGlobalAveragePool",
         ("HardSigmoid", "int"): "QLinearAdd",
@@ -54,6 +55,12 @@ CPU = Target(
         ("Transpose", "int"): "Transpose",
         ("Unsqueeze", "int"): "Unsqueeze",
     },
+    # time of QLinearAveragePool / time of QLinearConv of group C, without VNNI, one thread: 2x2 of stride 2, 128x56x56
+    # to 512x14x14, 9x to 13x; 3x3, 64x28x28 and 128x28x28, 11x. Over all of 7x7 and 13x13 0.8x to 1.1x
+    largest_sum=9,
+    # 3x3 with padding of 1 that does not count (9, 6 and 4 elements: 3 QLinearConvs and 2 Wheres), 32x28x28 to
+    # 576x14x14 and, of stride 2, 24x56x56 to 272x14x14: 1.2x to 2.7x on one thread, 1.1x to 3.7x on two
+    most_divisors=3,
     # QLinearConv against Conv of rank 5, filters of 3x3x3, with AVX512-VNNI: 0.1x for 3 channels, 0.3x to 0.6x for 8,
     # 0.9x to 1.9x for 16, 1.9x to 2.5x for 24, 1.8x to 8.8x from 32 on; depthwise 0.9x
     least_channels_3d=24,

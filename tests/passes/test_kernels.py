@@ -248,11 +248,11 @@ JOINS = {
                                      lambda a, b: np.concatenate([b, a], 1)),
     "QLinearGlobalAveragePool": ([node("GlobalAveragePool", "a", "j", name="join")],
                                  lambda a, b: a.mean(axis=(2, 3), keepdims=True)),
-    "QLinearAveragePool": ([node("AveragePool", "a", "j", name="join", kernel_shape=[2, 2], strides=[2, 2])],
-                           lambda a, b: a.reshape(*a.shape[:2], 3, 2, 3, 2).mean(axis=(3, 5))),
+    "QLinearAveragePool": ([node("AveragePool", "a", "j", name="join", kernel_shape=[6, 2], strides=[1, 2])],
+                           lambda a, b: a.reshape(*a.shape[:2], 6, 3, 2).mean(axis=(2, 4))[:, :, None]),
     "QLinearAveragePool, padded": (
-        [node("AveragePool", "a", "j", name="join", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)],
-        lambda a, b: convolve(a, np.full((8, 1, 3, 3), 1 / 9), [1, 1], [1] * 4, [1, 1], 8)),
+        [node("AveragePool", "a", "j", name="join", kernel_shape=[5, 3], pads=[1, 1, 1, 1], count_include_pad=1)],
+        lambda a, b: convolve(a, np.full((8, 1, 5, 3), 1 / 15), [1, 1], [1] * 4, [1, 1], 8)),
     "MaxPool": ([node("MaxPool", "a", "j", name="join", kernel_shape=[2, 2], strides=[2, 2])],
                 lambda a, b: a.reshape(*a.shape[:2], 3, 2, 3, 2).max(axis=(3, 5))),
 }

@@ -7,6 +7,7 @@ from onnxq.passes.lower.fence_float import FenceFloat
 from onnxq.passes.lower.movement import LowerMovement
 from onnxq.passes.lower.narrow_constants import NarrowConstants
 from onnxq.passes.lower.per_token import LowerPerToken
+from onnxq.passes.lower.pool_to_conv import PoolToConv
 from onnxq.passes.lower.qlinear_conv import LowerConv
 from onnxq.passes.lower.qlinear_linear import LowerLinear
 from onnxq.passes.lower.qlinear_others import LowerJoining
@@ -17,12 +18,12 @@ from onnxq.passes.manager import Pass
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
-EMITTER_VERSION = 2
+EMITTER_VERSION = 3
 
 
 def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
     if output_format == "qdq":
         return [SeparateLinear(), FenceFloat(), NarrowConstants()]
-    return [LowerConv(), LowerLinear(), LowerJoining(), LowerMovement(), LowerDynamicMatMul(), LowerPerToken(),
-            ShedDequantize(), FenceFloat(), NarrowConstants()]
+    return [LowerConv(), LowerLinear(), PoolToConv(), LowerJoining(), LowerMovement(),
+            LowerDynamicMatMul(), LowerPerToken(), ShedDequantize(), FenceFloat(), NarrowConstants()]

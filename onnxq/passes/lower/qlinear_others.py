@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from onnxq.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.passes import pattern
+from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.pattern import Codes
 from onnxq.plan import GIVEN
@@ -29,7 +30,7 @@ class LowerJoining(Pass):
         verdict = context.plan.node(node.name)
         if verdict is None or not verdict.int_output or node.domain or node.op not in _JOINING:
             return False
-        if verdict.lowering == GIVEN:
+        if verdict.lowering in (GIVEN, POOLED_BY_CONV):
             return False
         read = [pattern.read(graph, t) for t in node.inputs]
         codes = [c for c in read if c is not None and pattern.activation(c)]
