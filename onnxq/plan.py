@@ -45,7 +45,8 @@ class NodePlan:
     that a Split makes besides; `weight` names the quantized weight, `stored` the weights that are kept as codes and
     decoded, or those of an LSTM, which has two; `activation` when the scale of what is read is known: `static`, or at
     run time per `tensor` or per `token` (row); `bias_add` the Add node whose constant becomes the bias; `part_of` the
-    node whose kernel computes this one too (an absorbed Relu, a bias Add).
+    node whose kernel computes this one too (an absorbed Relu, a bias Add); `extra_channels` by how many channels of
+    zeros what a Conv reads is widened.
     """
 
     node: str
@@ -62,6 +63,7 @@ class NodePlan:
     bias_add: str | None = None
     part_of: str | None = None
     more_results: tuple[str, ...] = ()
+    extra_channels: int = 0
 
     @property
     def is_int(self) -> bool:

@@ -254,7 +254,8 @@ def _kernels(plan: Plan, ran: Sequence[Executed], outputs: Mapping[str, tuple[st
                      for name, made in outputs.items()}
     makes = [Planned(n.node, tuple(t for t in (n.result, f"{n.result}.q") if t) if n.is_int else
                      float_results.get(n.node, ()), ()) for n in plan.nodes.values()]
-    reads = [Planned(n.node, (), (f"{n.weight}.q",)) for n in plan.quantized() if n.weight and uses[n.weight] == 1]
+    reads = [Planned(n.node, (), (f"{n.weight}.q", f"{n.weight}.q.wide"))
+             for n in plan.quantized() if n.weight and uses[n.weight] == 1]
     return {**match(makes, ran), **{name: kernel for name, kernel in match(reads, ran).items() if kernel is not None}}
 
 

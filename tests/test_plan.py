@@ -91,6 +91,7 @@ EDITS: dict[str, Callable[[Plan], None]] = {
     "output": lambda p: verdict(p, int_output=False),
     "result": lambda p: verdict(p, result="other"),
     "bias": lambda p: verdict(p, bias_add="relu"),
+    "channels": lambda p: verdict(p, extra_channels=1),
     "fewer nodes": lambda p: p.nodes.pop("relu"),  # type: ignore[arg-type, return-value]
     "scale": lambda p: weight(p, scale=np.float32([0.1, 0.2, np.nextafter(np.float32(0.3), np.float32(1))])),
     "zero point": lambda p: weight(p, zero_point=np.int8([0, 0, 1])),

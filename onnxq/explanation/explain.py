@@ -49,7 +49,8 @@ from onnxq.targets import Target
 DEFAULT_SCHEME = "w8a8"
 _FEW = 8  # elements of a stored tensor that are shown one by one
 _WITH_CHANNELS = frozenset({"Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
-_PARTS = (".lstm.q", ".q", ".raw", ".unfenced", ".dq", ".decoded")  # what compiling appends to a tensor's name
+# what compiling appends to a tensor's name
+_PARTS = (".lstm.q", ".q", ".q.wide", ".raw", ".unfenced", ".dq", ".decoded")
 _IN_REPORT = "; what passes folded and kernels absorbed is told by the report of onnxq compile --report DIR"
 
 

@@ -259,10 +259,10 @@ def name_taken(graph: Graph, node: Node, tensors: Sequence[Tensor]) -> str | Non
     """Why a node stays float beside names of codes: a model that was compiled once holds names such as `x.q`."""
     wanted = [f"{t.name}.{part}" for t in tensors for part in (
         "q", "scale", "zero_point", "dq", "raw", "colsum", "row_low", "row_high", "row_scale", "u8", "u8.scale",
-        "u8.zero_point", "u8.dq")]
+        "u8.zero_point", "u8.dq", "q.wide")]
     wanted += [f"{node.name}.{part}" for part in (
         "bias", "bias.q", "bias.scale", "bias.dq", "sums", "floats", "factor", "scaled", "shift.q", "shift.scale",
         "shift.zero_point", "shift.dq", "sum.scale", "mean.q", "mean.axes", "low.q", "high.q", "ones", "no_shift",
-        "share", "share.1", "share.2", "mean.1.q", "mean.2.q", "here.1", "here.2", "joined.1.q")]
+        "share", "share.1", "share.2", "mean.1.q", "mean.2.q", "here.1", "here.2", "joined.1.q", "more", "padded.q")]
     taken = next((name for name in wanted if graph.has(name)), None)
     return None if taken is None else f"the model has a tensor {taken!r} already, a name that its codes would take"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
 from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
-from onnxq.planner import composites, given
+from onnxq.planner import composites, few_channels, given
 from onnxq.planner.at_run_time import lower_at_run_time
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
@@ -196,13 +196,19 @@ class _Outliner:
             int_inputs=tuple(range(len(data))), int_output=as_int,
             result=made[0] if as_int else link.unclamped.name, more_results=tuple(made[1:]),
             weight=node.inputs[1].name if node.op in WEIGHTED else None,
-            bias_add=link.bias_add.name if link.bias_add is not None else None)
+            bias_add=link.bias_add.name if link.bias_add is not None else None,
+            extra_channels=self._extra_channels(node))
         absorbed = [link.bias_add, link.clamp if as_int else None]
         for member in absorbed:
             if member is not None:
                 found.nodes[member.name] = NodePlan(
                     member.name, member.op, self.recipe.scheme.name, lowering,
                     f"computed by the kernel of {node.name}", part_of=node.name)
+
+    def _extra_channels(self, node: Node) -> int:
+        if node.op != "Conv" or node.attrs.get("group", 1) != 1:
+            return 0
+        return few_channels.missing([int(d or 0) for d in shape_of(node.inputs[1]) or ()], self.target)
 
     @staticmethod
     def _made_as_codes(found: Outline, node: Node, data: list[Tensor], made: list[str]) -> None:

@@ -13,6 +13,7 @@ from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.plan import NodePlan, Plan
+from onnxq.planner import few_channels
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
 from onnxq.recipe import Recipe, TensorSpec
@@ -90,19 +91,24 @@ def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> 
                 paired = target.saturates and verdict is not None and verdict.is_int
                 plan.weights[weight.name] = affine.weight_params(
                     values, channel_axis(node, index, values.ndim), by_name(spec.dtype),
-                    least=_largest_pairs(node, values) if paired else 0.0)
+                    least=_largest_pairs(node, values, target) if paired else 0.0)
 
 
-def _largest_pairs(node: Node, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def _largest_pairs(node: Node, values: npt.NDArray[np.float32], target: Target) -> npt.NDArray[np.float64]:
     """[C]: what two weights that a kernel multiplies side by side add up to at most, by output channel.
 
     Kernels go along K of MatMul and Gemm, through a Conv's filter channels last, and along an LSTM's inputs. That of
-    a depthwise Conv multiplies one by one.
+    a depthwise Conv multiplies one by one. Channels that are padded make other pairs; in QDQ format none are.
     """
     if node.op == "Conv":
         if values.shape[1] == 1 and node.attrs.get("group", 1) == values.shape[0]:
             return np.zeros(1)
-        return affine.largest_pair(np.moveaxis(values, 1, -1).reshape(len(values), -1))
+        rows, more = np.moveaxis(values, 1, -1), few_channels.missing(values.shape, target)
+        pairs = affine.largest_pair(rows.reshape(len(rows), -1))
+        if more:
+            padded = np.pad(rows, ((0, 0), (0, 0), (0, 0), (0, more)))
+            pairs = np.maximum(pairs, affine.largest_pair(padded.reshape(len(rows), -1)))
+        return pairs
     return affine.largest_pair(values.transpose(1, 0, 2) if node.op == "LSTM" else values.T)
 
 
@@ -121,7 +127,7 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
     if weight.name not in plan.weights:
         values = _finite(graph, weight, node)
         axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
-        pairs = _largest_pairs(node, values) if target.saturates else np.zeros(1)
+        pairs = _largest_pairs(node, values, target) if target.saturates else np.zeros(1)
         plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype),
                                                          least=pairs if axis is not None else pairs.max())
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs

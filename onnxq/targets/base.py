@@ -14,6 +14,8 @@ class Target:
     ("MatMul", "left") to the one for a constant on the left side;
     ("AveragePool", "sum") is the kernel for windows of up to `largest_sum` elements, where these are divided by up to
     `most_divisors` different numbers, as padding does not count;
+    `padded_channels` are the numbers of channels for which an integer Conv is faster once they are padded to 4, with
+    filters of up to `padded_window` elements (kH kW);
     `least_channels_3d` is the least number of channels that a filter of a 3-D Conv reads for int8 to be faster;
     `least_hidden` is the least hidden size of an LSTM for which int8 gains more than quantizing each step costs;
     `small` is the least K and N for which a MatMul or Gemm gains more than its Q and DQ cost;
@@ -32,6 +34,8 @@ class Target:
     lowerings: dict[tuple[str, str], str] = field(default_factory=dict)
     largest_sum: int = 0
     most_divisors: int = 1
+    padded_channels: frozenset[int] = frozenset()
+    padded_window: int = 0
     least_channels_3d: int = 1
     least_hidden: int = 1
     small: int = 1

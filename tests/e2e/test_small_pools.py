@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model, node, random
-from lowering_support import bare
+from lowering_support import HERE, bare
 
 import onnxq
 from onnxq.report.report import Report
@@ -56,6 +56,7 @@ def test_small_pools_run_as_planned(compiled: tuple[str, Path, Report]) -> None:
                    "QLinearConv"]
     ops = [n.op_type for n in onnx.load(output).graph.node]
     assert ops.count("Where") == (2 if fmt == "qoperator" else 0)
+    assert ("Pad" in ops) == (fmt == "qoperator" and bool(HERE.padded_channels))
 
 
 def test_they_agree_with_their_qdq_form_and_with_float(compiled: tuple[str, Path, Report]) -> None:

@@ -6,6 +6,7 @@ from onnxq.passes.lower.dynamic_matmul import LowerDynamicMatMul
 from onnxq.passes.lower.fence_float import FenceFloat
 from onnxq.passes.lower.movement import LowerMovement
 from onnxq.passes.lower.narrow_constants import NarrowConstants
+from onnxq.passes.lower.pad_channels import PadChannels
 from onnxq.passes.lower.per_token import LowerPerToken
 from onnxq.passes.lower.pool_to_conv import PoolToConv
 from onnxq.passes.lower.qlinear_conv import LowerConv
@@ -25,5 +26,5 @@ def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
     if output_format == "qdq":
         return [SeparateLinear(), FenceFloat(), NarrowConstants()]
-    return [LowerConv(), LowerLinear(), PoolToConv(), LowerJoining(), LowerMovement(),
+    return [LowerConv(), PadChannels(), LowerLinear(), PoolToConv(), LowerJoining(), LowerMovement(),
             LowerDynamicMatMul(), LowerPerToken(), ShedDequantize(), FenceFloat(), NarrowConstants()]
