@@ -1,0 +1,298 @@
+"""Codes of a weight that keep a layer's output, not each weight by itself, near the float one.
+
+A layer y = x w has K inputs and N outputs: x [R, K], w [K, N]. With H = x^T x over calibration rows and e the error of
+a column of w, the squared error of that output over those rows is e^T H e. Rounding to nearest minimises each entry of
+e by itself; here the errors of inputs that move together are set off against one another.
+
+A *level* is a code less its zero point, so w ~ level * scale; `exact` is w / scale, the level it would have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.numerics.affine import QuantParams, quantize
+
+Floats = npt.NDArray[np.float64]
+
+CHUNK = 4096  # rows of a product in float32, which loses about sqrt(CHUNK) * 2**-24 of the sum
+WIDE = 1e12  # activations beyond it, or all of them below its inverse, are squared in float64
+
+ATTEMPTS = 5  # at a Cholesky factor, each with ten times the damping of the last
+LEAST_DAMPING = 1e-6  # where none was asked for and none does not do
+LEAST_PIVOT = 1e-12  # of the largest diagonal entry; what is below is what rounding left of 0
+
+PAIR = 128  # what two codes of a sign may add up to: see affine.largest_pair
+
+
+class Hessian:
+    """Running sum x^T x, float64 [K, K], over rows x [K]; `count` is the number of rows.
+
+    Half of what mathematics calls the Hessian of the squared output error. Memory: K * K doubles, as many float32 while
+    a batch is folded in, and CHUNK rows.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Floats = np.zeros((0, 0))
+
+    def update(self, x: npt.NDArray[Any]) -> None:
+        """Fold in the rows of a batch [.., K] of any real dtype.
+
+        Products are summed in float32 over at most CHUNK rows, then in float64.
+        ValueError, with nothing folded in, for NaN, infinities, a scalar or another K than before.
+        """
+        x = np.asarray(x)
+        if x.ndim == 0:
+            raise ValueError("a scalar has no inputs to sum over; pass rows [.., K]")
+        self._fit(x.shape[-1])
+        rows: npt.NDArray[Any] = x.reshape(-1, x.shape[-1])
+        if not rows.size:
+            self.count += len(rows)
+            return
+        least, most = float(rows.min()), float(rows.max())  # NaN when any is
+        if not np.isfinite([least, most]).all():
+            raise ValueError("activations hold NaN or infinities; leave that batch out or keep the node float")
+        peak = max(-least, most)
+        dtype = np.float32 if 1 / WIDE < peak < WIDE else np.float64
+        for first in range(0, len(rows), CHUNK):
+            part: npt.NDArray[Any] = rows[first : first + CHUNK].astype(dtype, copy=False)
+            self._sum += part.T @ part
+        self.count += len(rows)
+
+    def merge(self, other: Hessian) -> None:
+        """Fold in everything that `other` has seen. ValueError when it has another K."""
+        if other._sum.size:
+            self._fit(len(other._sum))
+            self._sum += other._sum
+        self.count += other.count
+
+    def result(self) -> Floats:
+        """The sum [K, K], a copy; [0, 0] before the first batch."""
+        return self._sum.copy()
+
+    def _fit(self, inputs: int) -> None:
+        if not self._sum.size:
+            self._sum = np.zeros((inputs, inputs))
+        elif len(self._sum) != inputs:
+            raise ValueError(f"rows of {inputs} inputs follow rows of {len(self._sum)}; use one statistic per layer")
+
+
+def damped(hessian: Floats, damping: float) -> Floats:
+    """hessian [K, K] with `damping` times the mean of its positive diagonal entries added to the diagonal, as a copy.
+
+    It keeps errors small that the calibration rows did not ask to be small. Rows without a positive entry stay as
+    they are.
+    """
+    result = np.array(hessian, dtype=np.float64)
+    diagonal = result.diagonal()
+    live = np.flatnonzero(diagonal > 0)
+    if live.size:
+        result[live, live] += damping * diagonal[live].mean()
+    return result
+
+
+def output_error(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: QuantParams, hessian: Floats) -> Floats:
+    """Squared error of each output, summed over the rows of the hessian: (wq - w)^T H (wq - w), float64 [N].
+
+    w float32 [K, N], codes [K, N] with wq = (codes - zero point) * scale, params and hessian as for gptq; ValueError
+    likewise. Roundings that leave a sum below 0 are taken for 0.
+    """
+    grid = _grid(w, params, hessian, None, False, codes)
+    error = grid.levels - grid.exact
+    squares = np.einsum("kn,kn->n", error, hessian @ error)
+    return np.asarray(np.maximum(squares, 0.0) * grid.scale**2)
+
+
+def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, damping: float = 0.01, block: int = 128,
+         lowest: int | None = None, pairs: bool = False) -> npt.NDArray[Any]:
+    """Codes [K, N], params.dtype.storage, rounded one input after the other, each making up for those before it.
+
+    w: float32 [K, N]. hessian: [K, K], symmetric, e.g. Hessian.result(); its scale has no influence. params: per tensor
+    or, along axis 1, per channel. lowest: the least code allowed; None for the least of the type in columns where
+    nearest rounding has it, too, and for one more elsewhere. pairs: inputs 2i and 2i + 1 get codes of which those of
+    one sign add up to PAIR at most (zero points 0): the later one of a pair takes what the first left.
+
+    Inputs go by falling diagonal; of each block only what concerns later blocks is left to one product. Inputs with
+    a diagonal of 0 are rounded to nearest and make up for nothing. Where the damped hessian has no Cholesky factor,
+    damping is raised tenfold; after ATTEMPTS of that all inputs are rounded to nearest.
+    With U the upper Cholesky factor of the damped hessian, U U^T, the error of the damped problem is at most
+    sum(scale**2 U_kk**2) / 4 for columns in which no code was clipped; a column may come out worse than nearest.
+
+    Source: GPTQ (arXiv 2210.17323) with act-order, in the form of Babai's nearest plane (arXiv 2507.18553):
+    with e_i = level - exact of inputs already rounded, input j is rounded to exact_j - sum(e_i U_ij / U_jj). The same
+    codes as from the Cholesky factor of the inverse, without an inverse.
+    ValueError for shapes that don't fit, NaN or infinities, parameters by block, and a `lowest` that hides 0.
+    """
+    grid = _grid(w, params, hessian, lowest, pairs)
+    diagonal = hessian.diagonal()
+    order = np.argsort(-diagonal, kind="stable")
+    order = order[diagonal[order] > 0]
+    feedback = _feedback(hessian[np.ix_(order, order)], damping)
+    if feedback is None:
+        order = order[:0]
+    else:
+        _round_in_turn(grid, order, feedback, block)
+    left = np.setdiff1d(np.arange(len(w)), order)
+    nearest = quantize(w[left], params).astype(np.float64) - grid.zero_point
+    for k, wanted in zip(left, nearest, strict=True):
+        grid.levels[k] = grid.fit(k, wanted)
+    return grid.codes(params)
+
+
+def descend(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: QuantParams, hessian: Floats, passes: int = 8,
+            block: int = 128, lowest: int | None = None, pairs: bool = False) -> npt.NDArray[Any]:
+    """Codes [K, N] that no change of a single one improves, or what `passes` sweeps over the inputs make of `codes`.
+
+    Given all others, the error is a parabola in the level of input k, its bottom at level_k - (H e)_k / H_kk; the code
+    is moved to the nearest allowed integer, unless it is as near already. So output_error never rises in any column.
+    Columns that a whole sweep left alone are done. Inputs with a diagonal of 0 keep their codes. The start decides
+    where it ends: gptq's codes are a better one than nearest. A caller who has few rows passes a `damped` hessian.
+
+    w, params, hessian, lowest and pairs are those of gptq. Source: the layer's problem of AdaRound (arXiv 2004.10568)
+    over all codes instead of two neighbours, by coordinate descent as in CDQuant (arXiv 2406.17542), in cyclic order.
+    ValueError as there, and for `codes` that are outside of what `lowest` and `pairs` allow.
+    """
+    grid = _grid(w, params, hessian, lowest, pairs, codes)
+    if not grid.holds():
+        raise ValueError("the codes to start from break the limits asked for; start from those of gptq")
+    active = np.arange(grid.exact.shape[1])
+    for _ in range(passes):
+        part = grid.columns(active)
+        moved = _sweep(part, hessian, block)
+        grid.levels[:, active] = part.levels
+        active = active[moved]
+        if not active.size:
+            break
+    return grid.codes(params)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Levels of a weight, to be chosen or improved in place: exact and levels [K, N], the others [N]."""
+
+    exact: Floats
+    levels: Floats
+    scale: Floats
+    zero_point: Floats
+    low: Floats
+    high: Floats
+    pairs: bool
+
+    def fit(self, k: int, wanted: Floats) -> Floats:
+        """The allowed levels of input k nearest to `wanted`, [N] each, given the level of its neighbour."""
+        low, high = self.limits(k)
+        return np.clip(np.rint(wanted), low, high)
+
+    def limits(self, k: int) -> tuple[Floats, Floats]:
+        """The least and the largest level of input k, [N] each; 0 is always between them."""
+        if not self.pairs or k ^ 1 >= len(self.levels):
+            return self.low, self.high
+        other = self.levels[k ^ 1]  # 0, which limits nothing, while it is not chosen
+        low = np.maximum(self.low, -PAIR - np.minimum(other, 0.0))
+        return low, np.minimum(self.high, PAIR - np.maximum(other, 0.0))
+
+    def holds(self) -> bool:
+        """Whether all levels are allowed."""
+        return all(bool((low <= level).all() and (level <= high).all())
+                   for k, level in enumerate(self.levels) for low, high in [self.limits(k)])
+
+    def columns(self, chosen: npt.NDArray[np.intp]) -> _Grid:
+        """A copy of some columns."""
+        parts = {name: getattr(self, name)[..., chosen]
+                 for name in ("exact", "levels", "scale", "zero_point", "low", "high")}
+        return replace(self, **parts)
+
+    def codes(self, params: QuantParams) -> npt.NDArray[Any]:
+        """The levels as codes."""
+        return (self.levels + self.zero_point).astype(params.dtype.storage)
+
+
+def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowest: int | None, pairs: bool,
+          codes: npt.NDArray[Any] | None = None) -> _Grid:
+    """The levels of w [K, N]: those of `codes`, or 0 where none are given. ValueError for what does not fit."""
+    w = np.asarray(w, dtype=np.float32)
+    if w.ndim != 2 or hessian.shape != (len(w), len(w)) or (codes is not None and codes.shape != w.shape):
+        raise ValueError(f"w {list(w.shape)}, hessian {list(hessian.shape)} and codes don't fit; "
+                         "use [K, N], [K, K] and [K, N]")
+    if not (np.isfinite(w).all() and np.isfinite(hessian).all()):
+        raise ValueError("a weight or hessian holds NaN or infinities; repair the weights or keep the node float")
+    if params.block_size is not None or (params.scale.size != 1 and (params.axis not in (1, -1)
+                                                                     or params.scale.shape != w.shape[1:])):
+        raise ValueError(f"parameters of shape {list(params.scale.shape)} along axis {params.axis} don't fit w "
+                         f"{list(w.shape)}; use one per tensor, or per channel along axis 1")
+    if pairs and params.zero_point.any():
+        raise ValueError("pairs are limited for symmetric signed codes only; use zero points of 0")
+    scale, zero_point = (np.broadcast_to(part.reshape(-1).astype(np.float64), w.shape[1:])
+                         for part in (params.scale, params.zero_point))
+    levels = np.zeros(w.shape) if codes is None else codes - zero_point
+    least = _least(w, params, lowest, codes) - zero_point
+    return _Grid(w / scale, levels, scale, zero_point, least, params.dtype.qmax - zero_point, pairs)
+
+
+def _least(w: npt.NDArray[np.float32], params: QuantParams, lowest: int | None, codes: npt.NDArray[Any] | None
+           ) -> Floats:
+    """The least code [N] that may be chosen: see `lowest` of gptq; what `codes` use is allowed, too."""
+    if lowest is not None:
+        if not params.dtype.qmin <= lowest <= params.zero_point.min(initial=params.dtype.qmax):
+            raise ValueError(f"lowest is {lowest}; use a code of {params.dtype.name} up to the zero point")
+        return np.full(w.shape[1], float(lowest))
+    used = (quantize(w, params) == params.dtype.qmin).any(axis=0)
+    if codes is not None:
+        used |= (codes == params.dtype.qmin).any(axis=0)
+    return np.where(used, float(params.dtype.qmin), params.dtype.qmin + 1.0)
+
+
+def _feedback(hessian: Floats, damping: float) -> Floats | None:
+    """[n, n], lower triangle: what the errors of inputs before each one move it by; None without a Cholesky factor.
+
+    For the upper factor U of the damped hessian U U^T, entry (j, i) is U_ij / U_jj. numpy has lower factors only:
+    with L that of the hessian back to front, U is L back to front.
+    """
+    for _ in range(ATTEMPTS):
+        try:
+            lower = np.linalg.cholesky(damped(hessian, damping)[::-1, ::-1])
+        except np.linalg.LinAlgError:
+            lower = np.zeros_like(hessian)
+        pivots = lower.diagonal()
+        if pivots.size == 0 or pivots.min() ** 2 > LEAST_PIVOT * hessian.diagonal().max():
+            return np.asarray(lower[::-1, ::-1].T / pivots[::-1, None])
+        damping = max(10 * damping, LEAST_DAMPING)
+    return None
+
+
+def _round_in_turn(grid: _Grid, order: npt.NDArray[np.intp], feedback: Floats, block: int) -> None:
+    """Choose the levels of the inputs in `order` [n], each after what `feedback` [n, n] makes of the errors before."""
+    errors = np.zeros((len(order), grid.exact.shape[1]))
+    for first in range(0, len(order), block):
+        rows = slice(first, first + block)
+        wanted = grid.exact[order[rows]] - feedback[rows, :first] @ errors[:first]
+        for i, k in enumerate(order[rows]):
+            j = first + i
+            grid.levels[k] = grid.fit(k, wanted[i] - feedback[j, first:j] @ errors[first:j])
+            errors[j] = grid.levels[k] - grid.exact[k]
+
+
+def _sweep(grid: _Grid, hessian: Floats, block: int) -> npt.NDArray[np.bool_]:
+    """Move each input's levels to the best ones, given all others, in turn; which columns [N] had any moved."""
+    errors = grid.levels - grid.exact
+    moved = np.zeros(errors.shape[1], bool)
+    for first in range(0, len(errors), block):
+        rows = slice(first, first + block)
+        slopes = hessian[rows] @ errors  # anew for each block, so that roundings don't add up
+        change = np.zeros_like(slopes)
+        for i, slope in enumerate(slopes):
+            k = first + i
+            if hessian[k, k] <= 0:
+                continue
+            best = grid.levels[k] - (slope + hessian[k, first:k] @ change[:i]) / hessian[k, k]
+            new = grid.fit(k, best)
+            change[i] = np.where(np.abs(new - best) < np.abs(grid.levels[k] - best), new - grid.levels[k], 0.0)
+            grid.levels[k] += change[i]
+        errors[rows] += change
+        moved |= change.any(axis=0)
+    return moved

@@ -1,0 +1,496 @@
+"""Codes against a GPTQ written down from the paper, against all codes there are for tiny layers, and by hand."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from onnxq.numerics import affine, rounding
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.dtypes import INT4, INT8, UINT8
+from onnxq.numerics.rounding import Hessian, damped, descend, gptq, output_error
+
+no_deadline = settings(deadline=None, max_examples=60)
+few = settings(deadline=None, max_examples=25)
+SEEDS = st.integers(0, 2**32 - 1)
+BLOCKS = st.sampled_from([1, 3, 8, 128])
+
+
+def layer(seed, inputs=None, outputs=None, dead=True):
+    """(w, x) of random sizes: some inputs move together, some are small, with `dead` some are always 0."""
+    rng = np.random.default_rng(seed)
+    inputs, outputs = inputs or int(rng.integers(1, 25)), outputs or int(rng.integers(1, 5))
+    rows, hidden = int(rng.integers(1, 60)), int(rng.integers(1, 5))
+    x = rng.normal(size=(rows, hidden)) @ rng.normal(size=(hidden, inputs)) + 0.3 * rng.normal(size=(rows, inputs))
+    x *= rng.uniform(0.2, 2.0, inputs)
+    if dead:
+        x[:, rng.random(inputs) < 0.1] = 0.0
+    return rng.normal(size=(inputs, outputs)).astype(np.float32), x.astype(np.float32)
+
+
+def hessian_of(x):
+    return x.T.astype(np.float64) @ x.astype(np.float64)
+
+
+def symmetric(w, dtype=INT8, pairs=False):
+    return affine.weight_params(w, 1, dtype, least=affine.largest_pair(w.T) if pairs else 0.0)
+
+
+def plain(scale, dtype=INT8):
+    """Parameters of one scale for a whole tensor."""
+    return QuantParams(np.float32(scale), np.array(0, dtype.storage), dtype)
+
+
+def pairs_hold(codes):
+    one, other = codes[0::2].astype(int), np.pad(codes[1::2].astype(int), ((0, len(codes) % 2), (0, 0)))
+    return bool(((np.abs(one + other) <= 128) | (one * other <= 0)).all())
+
+
+def reference_gptq(w, hessian, scale, lowest, highest, damping=0.01, pairs=False):
+    """Algorithm 1 of arXiv 2210.17323 in float64 without blocks: act-order, Cholesky factor of the inverse.
+
+    One column of outputs at a time: w [K, N], scale [N]. What dead inputs get is left 0.
+    """
+    w, codes = w.astype(np.float64), np.zeros(w.shape, int)
+    order = [k for k in np.argsort(-hessian.diagonal(), kind="stable") if hessian[k, k] > 0]
+    if not order:
+        return codes
+    kept = hessian[order][:, order]
+    kept = kept + damping * np.mean(np.diag(kept)) * np.eye(len(order))
+    upper = np.linalg.cholesky(np.linalg.inv(kept)).T
+    for n in range(w.shape[1]):
+        left = w[order, n]
+        for j, k in enumerate(order):
+            code = min(max(round(left[j] / scale[n]), lowest), highest)
+            if pairs and (k ^ 1) < len(w):
+                other = codes[k ^ 1, n]
+                code = min(code, 128 - max(other, 0))
+                code = max(code, -128 - min(other, 0))
+            codes[k, n] = code
+            error = (left[j] - code * scale[n]) / upper[j, j]
+            left[j:] -= error * upper[j, j:]
+    return codes
+
+
+# ------------------------------------------------------------------ the hessian
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5), SEEDS)
+@no_deadline
+def test_a_hessian_is_the_sum_over_all_rows(sizes, inputs, seed):
+    rng = np.random.default_rng(seed)
+    batches = [rng.integers(-9, 10, (size, inputs)).astype(np.float32) for size in sizes]
+    found, one, other = Hessian(), Hessian(), Hessian()
+    for i, batch in enumerate(batches):
+        found.update(batch)
+        (one if i % 2 else other).update(batch)
+    one.merge(other)
+    rows = np.concatenate(batches)
+    for statistic in (found, one):
+        assert statistic.count == len(rows)
+        assert statistic.result().dtype == np.float64
+        np.testing.assert_array_equal(statistic.result(), hessian_of(rows))
+
+
+def test_rows_of_any_rank_and_type_are_taken_in_chunks(monkeypatch):
+    monkeypatch.setattr(rounding, "CHUNK", 4)
+    x = np.random.default_rng(1).integers(0, 256, (2, 3, 5, 7)).astype(np.uint8)
+    found = Hessian()
+    found.update(x)
+    found.update(x[0, 0, 0])
+    rows = np.concatenate([x.reshape(-1, 7), x[0, 0, :1]])
+    assert found.count == 31
+    np.testing.assert_array_equal(found.result(), hessian_of(rows))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e30])
+def test_squares_beyond_float32_are_kept(size):
+    found = Hessian()
+    found.update(np.full((3, 2), size, np.float32))
+    np.testing.assert_allclose(found.result(), np.full((2, 2), 3 * float(np.float32(size)) ** 2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("x", "says"), [([1.0, np.nan], "NaN"), ([-np.inf, 1.0], "NaN"), ([1.0], "1 inputs"),
+                                         (1.0, "scalar")])
+def test_a_batch_refused_leaves_the_hessian_as_it_was(x, says):
+    found = Hessian()
+    found.update(np.float32([[1, 2]]))
+    with pytest.raises(ValueError, match=says):
+        found.update(np.float32(x))
+    assert found.count == 1
+    assert found.result().tolist() == [[1, 2], [2, 4]]
+
+
+def test_a_hessian_without_rows():
+    empty, found = Hessian(), Hessian()
+    assert empty.result().shape == (0, 0)
+    found.update(np.float32([[1, 2]]))
+    found.merge(empty)
+    empty.merge(found)
+    assert found.result().tolist() == empty.result().tolist() == [[1, 2], [2, 4]]
+    other = Hessian()
+    other.update(np.float32([[1, 2, 3]]))
+    with pytest.raises(ValueError, match="one statistic per layer"):
+        other.merge(found)
+
+
+def test_damping_is_a_part_of_the_mean_and_leaves_dead_inputs_dead():
+    hessian = np.diag([4.0, 0.0, 2.0])
+    assert damped(hessian, 0.5).diagonal().tolist() == [5.5, 0.0, 3.5]
+    assert hessian[0, 0] == 4.0
+
+
+# ------------------------------------------------------------------ the error
+
+
+@given(SEEDS)
+@no_deadline
+def test_the_error_is_that_of_the_outputs(seed):
+    w, x = layer(seed)
+    params = symmetric(w, INT4)
+    codes = affine.quantize(w, params)
+    difference = x.astype(np.float64) @ (affine.dequantize(codes, params).astype(np.float64) - w)
+    np.testing.assert_allclose(output_error(w, codes, params, hessian_of(x)), np.square(difference).sum(axis=0),
+                               rtol=1e-4, atol=1e-9)
+
+
+# ------------------------------------------------------------------ GPTQ
+
+# Rows (1, 1) and (1, 0): the outputs are off by e0 + e1 and e0.
+X = np.float32([[1, 1], [1, 0]])
+
+
+def test_gptq_by_hand():
+    """1.4 becomes 1, off by -0.4; with U = [[1, 1], [0, 1]] the other aims at 0.4 + 0.4 and becomes 1."""
+    w = np.float32([[1.4], [0.4]])
+    codes = gptq(w, hessian_of(X), plain(1.0), damping=0.0)
+    assert codes.tolist() == [[1], [1]]
+    assert codes.dtype == np.int8
+    assert output_error(w, codes, plain(1.0), hessian_of(X)) == pytest.approx(0.2**2 + 0.4**2)
+    assert output_error(w, np.int8([[1], [0]]), plain(1.0), hessian_of(X)) == pytest.approx(0.8**2 + 0.4**2)
+
+
+def test_gptq_by_hand_in_pairs():
+    w = np.float32([[100.4], [28.4]])
+    assert gptq(w, hessian_of(X), plain(1.0), damping=0.0).tolist() == [[100], [29]]
+    assert gptq(w, hessian_of(X), plain(1.0), damping=0.0, pairs=True).tolist() == [[100], [28]]
+    assert gptq(-w, hessian_of(X), plain(1.0), damping=0.0, pairs=True).tolist() == [[-100], [-28]]
+
+
+def test_what_a_pair_loses_is_made_up_for_by_others():
+    x = np.float32([[2, 1, 1], [2, 1, 0], [2, 0, 0]])
+    w = np.float32([[100], [50], [10]])
+    assert gptq(w, hessian_of(x), plain(1.0), damping=0.0).tolist() == [[100], [50], [10]]
+    # 22 less in the second is 22 less in the first row, which the third input alone can mend
+    codes = gptq(w, hessian_of(x), plain(1.0), damping=0.0, pairs=True)
+    assert codes.tolist() == [[100], [28], [32]]
+
+
+@given(SEEDS, BLOCKS, st.sampled_from([INT4, INT8]), st.booleans(), st.sampled_from([0.01, 0.2]))
+@no_deadline
+def test_gptq_gives_the_codes_of_the_paper(seed, block, dtype, pairs, damping):
+    w, x = layer(seed)
+    hessian, params = hessian_of(x), symmetric(w, dtype)
+    live = hessian.diagonal() > 0
+    lowest = dtype.qmin + 1
+    expected = reference_gptq(w, hessian, params.scale.astype(np.float64), lowest, dtype.qmax, damping, pairs)
+    codes = gptq(w, hessian, params, damping, block, lowest=lowest, pairs=pairs)
+    np.testing.assert_array_equal(codes[live], expected[live])
+
+
+@given(SEEDS)
+@no_deadline
+def test_dead_inputs_are_nearest_and_move_nothing(seed):
+    w, x = layer(seed)
+    params, dead = symmetric(w), ~x.any(axis=0)
+    codes = gptq(w, hessian_of(x), params)
+    np.testing.assert_array_equal(codes[dead], affine.quantize(w, params)[dead])
+    np.testing.assert_array_equal(codes[~dead], gptq(w[~dead], hessian_of(x[:, ~dead]), params))
+
+
+@given(SEEDS, st.sampled_from([-6, 0, 6]))
+@no_deadline
+def test_the_scale_of_the_hessian_has_no_influence(seed, power):
+    w, x = layer(seed)
+    params, hessian = symmetric(w), hessian_of(x)
+    np.testing.assert_array_equal(gptq(w, hessian * 4.0**power, params), gptq(w, hessian, params))
+
+
+@given(SEEDS)
+@no_deadline
+def test_gptq_is_within_the_bound_of_the_nearest_plane(seed):
+    w, x = layer(seed, dead=False)
+    hessian = damped(hessian_of(x), 0.01)
+    params = symmetric(2 * w)  # room for what is fed back
+    codes = gptq(w, hessian, params, damping=0.0)
+    assume(np.abs(codes.astype(int)).max() < 127)
+    order = np.argsort(-hessian.diagonal(), kind="stable")
+    inverse = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).diagonal()  # 1 / U_kk
+    bound = params.scale.astype(np.float64) ** 2 * (inverse**-2.0).sum() / 4
+    assert (output_error(w, codes, params, hessian) <= bound * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", [INT4, INT8], ids=["int4", "int8"])
+def test_gptq_beats_nearest_where_inputs_move_together(seed, dtype):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(300, 4)) @ rng.normal(size=(4, 32)) + 0.3 * rng.normal(size=(300, 32))).astype(np.float32)
+    w = rng.normal(size=(32, 8)).astype(np.float32)
+    params, hessian = symmetric(w, dtype), hessian_of(x)
+    nearest = output_error(w, affine.quantize(w, params), params, hessian).sum()
+    codes = gptq(w, hessian, params)
+    assert output_error(w, codes, params, hessian).sum() < 0.5 * nearest
+    better = descend(w, codes, params, hessian)
+    assert output_error(w, better, params, hessian).sum() <= output_error(w, codes, params, hessian).sum()
+
+
+def test_without_correlation_gptq_is_nearest():
+    w = np.float32(np.arange(-60, 60).reshape(12, 10) / 8 + 1 / 16)
+    hessian = np.diag(np.arange(12.0))
+    np.testing.assert_array_equal(gptq(w, hessian, plain(0.25)), affine.quantize(w, plain(0.25)))
+
+
+@pytest.mark.parametrize("hessian", [np.ones((6, 6)), np.zeros((6, 6)), np.full((6, 6), 1e-300), np.full((6, 6), 1e300),
+                                     np.ones((6, 6)) - 1.5 * np.eye(6)[::-1], np.diag([1e15, 1, 1, 1e-15, 0, 1])],
+                         ids=["rank 1", "zero", "tiny", "huge", "indefinite", "spread"])
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_no_hessian_is_too_bad(hessian, damping):
+    w = np.random.default_rng(3).normal(size=(6, 4)).astype(np.float32)
+    codes = gptq(w, hessian, symmetric(w), damping)
+    assert np.abs(codes.astype(int)).max() <= 127
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_singular_hessian_is_damped_a_little(seed):
+    rng = np.random.default_rng(seed)
+    w, hessian = rng.normal(size=(4, 9)).astype(np.float32), hessian_of(rng.normal(size=(2, 4)))
+    params = symmetric(w)
+    codes = gptq(w, hessian, params, damping=0.0)
+    np.testing.assert_array_equal(codes, gptq(w, hessian, params, damping=rounding.LEAST_DAMPING))
+    assert (codes != affine.quantize(w, params)).any()
+
+
+def test_without_a_factor_all_are_nearest():
+    w = np.random.default_rng(3).normal(size=(2, 9)).astype(np.float32)
+    params = symmetric(w)
+    np.testing.assert_array_equal(gptq(w, np.array([[1, 1e9], [1e9, 1]]), params), affine.quantize(w, params))
+
+
+@given(SEEDS)
+@no_deadline
+def test_one_row_is_enough(seed):
+    """One sum is all there is to keep: it is off by half a step of the least input at most, unless that is clipped."""
+    w, x = layer(seed)
+    row = np.copysign(np.random.default_rng(seed).uniform(0.5, 2.0, x.shape[1]), x[0]).astype(np.float32)
+    params, hessian = symmetric(4 * w), hessian_of(row[None])
+    codes = gptq(w, hessian, params, damping=1e-6)
+    assume(np.abs(codes.astype(int)).max() < 127)
+    off = np.sqrt(output_error(w, codes, params, hessian)) / params.scale
+    # beside that, what damping leaves: each of up to 24 pivots is below 1e-6 * 4 * (1 + 4 / 0.25)
+    assert (off <= 0.5 * np.sqrt(np.square(row).min() + 24 * 68e-6)).all()
+
+
+def test_a_layer_without_inputs_or_outputs():
+    for shape in ((0, 3), (3, 0)):
+        w = np.zeros(shape, np.float32)
+        hessian, params = np.eye(shape[0]), symmetric(w)
+        assert gptq(w, hessian, params).shape == shape
+        assert descend(w, np.zeros(shape, np.int8), params, hessian).shape == shape
+        assert output_error(w, np.zeros(shape, np.int8), params, hessian).shape == shape[1:]
+
+
+# ------------------------------------------------------------------ limits
+
+
+@given(SEEDS)
+@no_deadline
+def test_the_least_code_is_that_of_nearest(seed):
+    w, x = layer(seed)
+    params, hessian = affine.weight_params(w, 1, INT4, mse=True), hessian_of(x)
+    nearest = affine.quantize(w, params)
+    used = (nearest == -8).any(axis=0)
+    codes = gptq(w, hessian, params)
+    for found in (codes, descend(w, codes, params, hessian), descend(w, nearest, params, hessian)):
+        assert found[:, ~used].min(initial=0) >= -7
+    assert gptq(w, hessian, params, lowest=-5).min() >= -5
+
+
+def test_the_least_code_can_be_opened():
+    w, hessian = np.float32([[-127.4], [-0.3]]), np.array([[1.0, 0.9], [0.9, 1.0]])
+    assert gptq(w, hessian, plain(1.0)).min() == -127
+    assert gptq(w - 1, hessian, plain(1.0)).min() == -128  # nearest has it
+    assert gptq(w - 1, hessian, plain(1.0), lowest=-127).min() == -127
+
+
+@given(SEEDS, BLOCKS, st.booleans())
+@no_deadline
+def test_pairs_hold(seed, block, fits):
+    """With scales that nearest holds them for and, `fits` False, with others; neighbours move together."""
+    w, x = layer(seed)
+    w = np.abs(w)
+    params, hessian = symmetric(w, pairs=fits), hessian_of(x)
+    codes = gptq(w, hessian, params, block=block, pairs=True)
+    assert pairs_hold(codes)
+    better = descend(w, codes, params, hessian, block=block, pairs=True)
+    assert pairs_hold(better)
+    assert (output_error(w, better, params, hessian) <= output_error(w, codes, params, hessian) * (1 + 1e-9)).all()
+    assert pairs_hold(gptq(w, 0.0 * hessian, params, pairs=True))
+    if fits:
+        nearest = affine.quantize(w, params)
+        assert pairs_hold(descend(w, nearest, params, hessian, pairs=True))
+
+
+def test_feedback_alone_breaks_pairs():
+    """The limit is needed: without it some layers break it, though nearest does not."""
+    broken = 0
+    for seed in range(40):
+        w, x = layer(seed, inputs=8, outputs=16)
+        params, hessian = symmetric(w, pairs=True), hessian_of(x)
+        assert pairs_hold(affine.quantize(w, params))
+        broken += not pairs_hold(gptq(w, hessian, params))
+        assert pairs_hold(gptq(w, hessian, params, pairs=True))
+    assert broken > 0
+
+
+# ------------------------------------------------------------------ descent
+
+
+def test_descent_by_hand():
+    """From (1, 0): the first input aims at 1 + 1.2 / 2; then the second is at its best, and the first as well."""
+    w, hessian = np.float32([[1.4], [0.4]]), hessian_of(X)
+    codes = descend(w, np.int8([[1], [0]]), plain(1.0), hessian)
+    assert codes.tolist() == [[2], [0]]
+    assert output_error(w, codes, plain(1.0), hessian) == pytest.approx(0.2**2 + 0.6**2)
+
+
+def test_a_code_that_is_as_near_stays():
+    for code in (0, 1):
+        assert descend(np.float32([[0.5]]), np.int8([[code]]), plain(1.0), np.eye(1)).item() == code
+
+
+def test_codes_to_start_from_may_have_the_least():
+    w, start = np.float32([[-127.4, 3.0]]), np.int8([[-128, 3]])
+    assert descend(w, start, plain(1.0), np.eye(1)).tolist() == [[-127, 3]]
+    assert descend(w, start, plain(1.0), 0 * np.eye(1)).tolist() == [[-128, 3]]
+
+
+@given(SEEDS, BLOCKS, st.sampled_from([INT4, INT8]))
+@no_deadline
+def test_no_sweep_makes_any_output_worse(seed, block, dtype):
+    w, x = layer(seed)
+    params, hessian = symmetric(w, dtype), hessian_of(x)
+    starts = (affine.quantize(w, params), gptq(w, hessian, params),
+              np.random.default_rng(seed).integers(-dtype.qmax, dtype.qmax + 1, w.shape).astype(np.int8))
+    for start in starts:
+        before, given = output_error(w, start, params, hessian), start.copy()
+        for passes in range(4):
+            codes = descend(w, start, params, hessian, passes=passes, block=block)
+            after = output_error(w, codes, params, hessian)
+            assert (after <= before * (1 + 1e-9) + 1e-12).all()
+            before = after
+        np.testing.assert_array_equal(start, given)
+
+
+@given(SEEDS)
+@no_deadline
+def test_sweeps_can_be_split(seed):
+    w, x = layer(seed)
+    params, hessian = symmetric(w), hessian_of(x)
+    start = affine.quantize(w, params)
+    twice = descend(w, descend(w, start, params, hessian, passes=1), params, hessian, passes=1)
+    np.testing.assert_array_equal(twice, descend(w, start, params, hessian, passes=2))
+
+
+@given(SEEDS, st.integers(1, 3))
+@few
+def test_all_codes_of_a_tiny_layer(seed, inputs):
+    """No codes at all beat the best of all; descent ends where no single change helps; none is worse than its start."""
+    w, x = layer(seed, inputs=inputs, outputs=2)
+    params, hessian = symmetric(w, INT4), damped(hessian_of(x), 0.01)
+    every = np.array(list(itertools.product(range(-7, 8), repeat=inputs)), np.int8).T  # [K, 15**K]
+    nearest = affine.quantize(w, params)
+    for n in range(2):
+        one = QuantParams(params.scale[n], params.zero_point[n], INT4)
+        column = w[:, n : n + 1]
+        errors = output_error(np.repeat(column, every.shape[1], axis=1), every, one, hessian)
+        best = errors.min() * (1 - 1e-6)
+        first = output_error(column, nearest[:, n : n + 1], one, hessian)[0]
+        rounded = gptq(column, hessian, one)
+        second = output_error(column, rounded, one, hessian)[0]
+        assert best <= second
+        for start, error in ((nearest[:, n : n + 1], first), (rounded, second)):
+            codes = descend(column, start, one, hessian, passes=100)
+            found = output_error(column, codes, one, hessian)[0]
+            assert best <= found <= error * (1 + 1e-9)
+            singly = (every != codes).sum(axis=0) <= 1
+            assert found <= errors[singly].min() * (1 + 1e-6) + 1e-12
+
+
+@given(SEEDS)
+@few
+def test_all_pairs_of_a_tiny_layer(seed):
+    w, x = layer(seed, inputs=2, outputs=1)
+    w = np.abs(w)
+    params, hessian = symmetric(w), damped(hessian_of(x), 0.01)
+    every = np.array(list(itertools.product(range(-127, 128), repeat=2))).T
+    every = every[:, ~(np.abs(every.sum(axis=0)) > 128) | (every.prod(axis=0) <= 0)].astype(np.int8)
+    one = QuantParams(params.scale[0], params.zero_point[0], INT8)
+    errors = output_error(np.repeat(w, every.shape[1], axis=1), every, one, hessian)
+    codes = descend(w, gptq(w, hessian, one, pairs=True), one, hessian, passes=100, pairs=True)
+    found = output_error(w, codes, one, hessian)[0]
+    singly = (every != codes).sum(axis=0) <= 1
+    assert errors.min() * (1 - 1e-6) <= found <= errors[singly].min() * (1 + 1e-6) + 1e-12
+
+
+@given(SEEDS)
+@no_deadline
+def test_asymmetric_codes_are_rounded_around_their_zero_point(seed):
+    w, x = layer(seed)
+    hessian = hessian_of(x)
+    params = affine.choose(w.min(axis=0), w.max(axis=0), UINT8, axis=1)
+    nearest = affine.quantize(w, params)
+    codes = descend(w, nearest, params, hessian)
+    assert codes.dtype == np.uint8
+    assert (output_error(w, codes, params, hessian)
+            <= output_error(w, nearest, params, hessian) * (1 + 1e-9) + 1e-12).all()
+    dead = ~x.any(axis=0)
+    rounded = gptq(w, hessian, params)
+    np.testing.assert_array_equal(rounded[dead], nearest[dead])
+    levels = reference_gptq(w[:, :1], hessian, params.scale[:1].astype(np.float64),
+                            int(nearest[:, 0].min() > 0) - int(params.zero_point[0]), 255 - int(params.zero_point[0]))
+    np.testing.assert_array_equal(rounded[~dead, 0], levels[~dead, 0] + int(params.zero_point[0]))
+
+
+# ------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"w": np.float32([[1], [np.nan]])}, "NaN"),
+    ({"w": np.float32([[1], [np.inf]])}, "NaN"),
+    ({"w": np.float32([[1]])}, "fit"),
+    ({"hessian": np.array([[1, np.nan], [0, 1]])}, "NaN"),
+    ({"hessian": np.eye(3)}, "fit"),
+    ({"params": QuantParams(np.ones(2, np.float32), np.zeros(2, np.int8), INT8, 0)}, "along axis 1"),
+    ({"params": QuantParams(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int8), INT8, 0, 2)}, "along axis 1"),
+    ({"params": QuantParams(np.float32(1), np.uint8(3)[()], UINT8), "pairs": True}, "symmetric"),
+    ({"lowest": -200}, "lowest"),
+    ({"lowest": 1}, "lowest"),
+])
+def test_what_does_not_fit_is_refused(change, says):
+    fits = {"w": np.float32([[1], [2]]), "hessian": np.eye(2), "params": plain(1.0)}
+    with pytest.raises(ValueError, match=says):
+        gptq(**{**fits, **change})
+
+
+def test_descent_starts_within_its_limits():
+    w = np.float32([[100], [100]])
+    with pytest.raises(ValueError, match="start from"):
+        descend(w, np.int8([[100], [100]]), plain(1.0), np.eye(2), pairs=True)
+    with pytest.raises(ValueError, match="start from"):
+        descend(w, np.int8([[-7], [1]]), plain(1.0), np.eye(2), lowest=-6)
+    with pytest.raises(ValueError, match="fit"):
+        descend(w, np.int8([[1, 1]]), plain(1.0), np.eye(2))
