@@ -32,7 +32,7 @@ MOVES_CODES = frozenset({
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
 BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
-_SHIFT = "bias_shifts/"  # prefix of their names in plan.npz
+_SHIFT, _SMOOTHING = "bias_shifts/", "smoothings/"  # prefixes of names in plan.npz
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,20 @@ class Masking:
     fill: float
 
 
+@dataclass(frozen=True, eq=False)
+class Smoothing:
+    """The channels of what `layers` read, `tensor`, are divided by `factors`, float32 [C], and their weights multiplied.
+
+    `axis` is that of the channels, -1 or 1. `absorbed` tells whether constants above take the division, or a Mul does.
+    """
+
+    tensor: str
+    layers: tuple[str, ...]
+    factors: npt.NDArray[np.float32]
+    axis: int
+    absorbed: bool
+
+
 @dataclass
 class Plan:
     """All verdicts and scales.
@@ -91,7 +105,8 @@ class Plan:
     `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel);
     `bias_shifts` a node's name to what is added to its bias, float32 [C]. `added` maps the name of a Where that hides
     scores to the number that is added to them instead; `maskings` the name of a Softmax to what becomes of its mask.
-    Entries of these two may be left out one by one. `dropped` names passes that rewrite the float graph, and are left
+    Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales its
+    channels; all else is told of the graph that this makes. `dropped` names passes that rewrite the float graph, and are left
     out since they gain nothing.
     """
 
@@ -104,6 +119,7 @@ class Plan:
     added: dict[str, float] = field(default_factory=dict)
     maskings: dict[str, Masking] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    smoothings: dict[str, Smoothing] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -168,6 +184,9 @@ class Plan:
         plan.added = dict(data.get("added", {}))
         plan.dropped = tuple(data.get("dropped", ()))
         plan.maskings = {item["softmax"]: Masking(**item) for item in data.get("maskings", [])}
+        plan.smoothings = {item["tensor"]: Smoothing(
+            **{**item, "layers": tuple(item["layers"])}, factors=arrays[_SMOOTHING + item["tensor"]])
+            for item in data.get("smoothings", [])}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
 
@@ -179,11 +198,14 @@ class Plan:
                 "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "dropped": list(self.dropped), "added": self.added,
-                "maskings": [dataclasses.asdict(m) for m in self.maskings.values()]}
+                "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
+                "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
+                               for s in self.smoothings.values()]}
 
     def _arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         pairs: Iterable[tuple[str, dict[str, QuantParams]]] = (
             ("activations", self.activations), ("weights", self.weights))
         scales = {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))
                   for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}
-        return scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}
+        return (scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}
+                | {f"{_SMOOTHING}{name}": found.factors for name, found in self.smoothings.items()})

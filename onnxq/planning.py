@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 
 from onnxq.calibration import observer
+from onnxq.calibration.observer import AUTO, Statistic
 from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph
+from onnxq.passes.manager import Context, PassManager
 from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
+from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.planner import correction, masks
+from onnxq.planner import correction, masks, ranging, smoothing
 from onnxq.planner.masks import Masks
-from onnxq.planner.outline import Measured, outline
+from onnxq.planner.outline import Measured, Outline, outline
+from onnxq.planner.readers import groups
 from onnxq.planner.scales import finish
+from onnxq.planner.smoothing import Searching, Smoothed
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.runtime.session import SessionOptions
@@ -29,9 +34,12 @@ class Planning:
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
                  progress: Progress, stage: Stages, dropped: Collection[str] = ()) -> None:
-        self.graph, self.recipe, self.target, self.calib = graph, recipe, target, calib
+        self.base = self.graph = graph  # `graph` is what is planned on: once smoothed, another one than `base`
+        self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
+        self.methods: dict[str, str] = {}  # of ranges that were chosen among several, by tensor
+        self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
         self.used_data = False
         self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
@@ -41,22 +49,60 @@ class Planning:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
         with self.stage("plan"):
             found = outline(self.graph, self.recipe, self.target, measured)
-            first, self.hiding = self.hiding is None, self.hiding or masks.find(self.graph)
-        unknown = [name for name in found.ranges_of if name not in self.ranges]
-        beside = self.hiding.statistics if first else {}
-        if self.calib is not None and (unknown or beside):
-            with self.stage("calibrate"):
-                self.used_data = True
-                self._start(self.recipe.calibration.samples)
-                self.ranges |= observer.observe(
-                    self.hiding.graph, unknown, self.calib, self.recipe.calibration, self.options, self.progress.step,
-                    self.recipe.scheme.activations, beside)
+        if self.smoothed is None:
+            self._smooth(found)
+            if self.smoothed:
+                found = outline(self.graph, self.recipe, self.target, measured)
+        first, self.hiding = self.hiding is None, self.hiding or masks.find(self.graph)
+        self._calibrate(found, self.hiding.statistics if first else {})
         with self.stage("scales"):
             plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
+        plan.smoothings = {name: one.rewrite for name, one in (self.smoothed or {}).items()}
         masks.decide(self.hiding, plan)
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
+
+    def _smooth(self, found: Outline) -> None:
+        """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
+        self.smoothed = {}
+        scheme = self.recipe.scheme
+        if self.calib is None or scheme.activations is None or self.recipe.outliers.method == "none":
+            return
+        codes = frozenset(t for v in found.nodes.values() if v.int_output for t in (v.result, *v.more_results) if t)
+        with self.stage("smooth"):
+            self._start(self.recipe.calibration.samples)
+            self.used_data = True
+            self._rewrite({s.rewrite.tensor: s for s in smoothing.find(self.graph, found.nodes, codes, self._by())})
+
+    def _rewrite(self, smoothed: dict[str, Smoothed]) -> None:
+        self.smoothed, self.graph = smoothed, self.base
+        if smoothed:
+            plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()})
+            self.graph = self.base.copy()
+            PassManager([Smooth()]).run(self.graph, Context(self.target, plan))
+
+    def _by(self) -> Searching:
+        assert self.calib is not None
+        return Searching(self.recipe.scheme, self.target, self.recipe.outliers, self.calib, self.recipe.calibration,
+                         self.options, self.progress.step)
+
+    def _calibrate(self, found: Outline, beside: Mapping[str, Statistic]) -> None:
+        unknown = [name for name in found.ranges_of if name not in self.ranges]
+        if self.calib is None or not (unknown or beside):
+            return
+        assert self.hiding is not None
+        how, spec = self.recipe.calibration, self.recipe.scheme.activations
+        with self.stage("calibrate"):
+            self.used_data = True
+            self._start(how.samples)
+            read = [g for g in groups(self.graph, found.nodes) if g.name in unknown] if how.ranges == AUTO else []
+            chosen = {g.name for g in read}
+            running = observer.make([name for name in unknown if name not in chosen], how, spec)
+            for name, (bounds, method) in ranging.choose(self.hiding.graph, read, self._by(),
+                                                         {**running, **beside}).items():
+                self.ranges[name], self.methods[name] = bounds, method
+            self.ranges |= {name: one.result() for name, one in running.items()}
 
     def _without_dropped(self, plan: Plan) -> Plan:
         plan.dropped = tuple(sorted(self.dropped))

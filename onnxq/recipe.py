@@ -95,14 +95,15 @@ class Rule:
 class Calibration:
     """How the ranges of activations are found.
 
-    samples: rows used at most (None: all); batch: rows run at once. ranges: minmax, moving-average (of the minima
+    samples: rows used at most (None: all); batch: rows run at once. ranges: auto (for what a layer with weights reads,
+    the one of these that causes the least error at its result; minmax elsewhere), minmax, moving-average (of the minima
     and maxima of the batches), percentile (`percentile` percent of the values lie inside), mse (the least squared
     error) or entropy (the least loss of information).
     """
 
     samples: int | None = 128
     batch: int | None = None
-    ranges: str = "minmax"
+    ranges: str = "auto"
     percentile: float = 99.999
 
 
@@ -152,6 +153,32 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """What is done against channels of activations that are much larger than others.
+
+    method: smooth (they are divided by factors that the weights are multiplied by) or none. alpha and beta are the
+    exponents of the factors max|x|^alpha / max|w|^beta (None: searched for each tensor; a fixed alpha alone means beta
+    = 1 - alpha). at_run_time: whether a Mul may divide where no constants above can take the factors.
+    """
+
+    method: str = "smooth"
+    alpha: float | None = None
+    beta: float | None = None
+    at_run_time: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        if self.method not in ("smooth", "none"):
+            raise RecipeError(f"outliers.method: {self.method!r} is not known; use smooth or none")
+        for key in ("alpha", "beta"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise RecipeError(f"outliers.{key}: {value} is no exponent; give a number from 0 to 1")
+        if self.beta is not None and self.alpha is None:
+            raise RecipeError("outliers.beta: given without alpha; give both, or neither to search them")
+
+
+@dataclass(frozen=True)
 class Fallback:
     """Globs of nodes that stay float."""
 
@@ -174,6 +201,7 @@ class Recipe:
     version: int = VERSION
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
+    outliers: Outliers = Outliers()
     bias_correction: bool = True
     data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()

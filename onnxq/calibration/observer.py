@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration.dataset import Batch, Dataset
+from onnxq.calibration.padding import real_positions, without_padding
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph, save
 from onnxq.numerics import ranges
@@ -20,12 +21,23 @@ from onnxq.runtime.session import Session, SessionOptions
 
 Progress = Callable[[int], None]
 
+AUTO = "auto"  # of the ranges: chosen by layers' errors; on its own, a tensor has the one between its extremes
+
 
 class Statistic(Protocol):
     """What a tensor's values are folded into; ValueError for values that it can't take."""
 
     def update(self, x: npt.NDArray[Any]) -> None:
         """Fold in one batch."""
+
+
+class Halves(Protocol):
+    """Two statistics of the same tensor that see every other row of the data each: one to search on, one to judge by
+    what it has not seen."""
+
+    @property
+    def halves(self) -> tuple[Statistic, Statistic]:
+        """For the even and for the odd rows."""
 
 
 def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions,
@@ -40,16 +52,22 @@ def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration
     Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
     holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
-    settings = _settings(how, spec)
-    running = {name: ranges.make(how.ranges, **settings) for name in wanted}
+    running = make(wanted, how, spec)
     fold(graph, {**running, **(beside or {})}, data, how, options, progress)
     return {name: found.result() for name, found in running.items()}
 
 
-def fold(graph: Graph, running: Mapping[str, Statistic], data: Dataset, how: Calibration, options: SessionOptions,
+def make(wanted: Sequence[str], how: Calibration, spec: TensorSpec | None) -> dict[str, ranges.Range]:
+    """Tensor name -> a new range as the calibration wants it."""
+    method = "minmax" if how.ranges == AUTO else how.ranges
+    return {name: ranges.make(method, **_settings(how, spec)) for name in wanted}
+
+
+def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset, how: Calibration, options: SessionOptions,
          progress: Progress | None = None) -> None:
     """Fold named tensors of a graph into running statistics, batch by batch; each batch is dropped behind it.
 
+    Positions that a fed attention_mask hides are left out of tensors [B, S, K].
     Raises DataError as `observe` does.
     """
     inputs = {t.name for t in graph.inputs}
@@ -62,7 +80,8 @@ def fold(graph: Graph, running: Mapping[str, Statistic], data: Dataset, how: Cal
         for batch in data.batches(how.batch, how.samples):
             found = {**batch.feed, **session.run(batch.feed, computed)}
             for name, statistic in running.items():  # in order: NaN is blamed on the first tensor that holds it
-                _fold(statistic, found[name], name, batch)
+                for part, values, real in _parts(statistic, found[name], batch):
+                    _fold(part, without_padding(values, real), name, batch)
             rows += batch.rows
             if progress is not None:
                 progress(rows)
@@ -76,6 +95,18 @@ def _settings(how: Calibration, spec: TensorSpec | None) -> dict[str, Any]:
     if how.ranges in ("entropy", "mse") and spec is not None:
         return {"dtype": by_name(spec.dtype), "symmetric": spec.symmetric}
     return {}
+
+
+def _parts(statistic: Statistic | Halves, values: npt.NDArray[Any], batch: Batch,
+           ) -> Iterator[tuple[Statistic, npt.NDArray[Any], npt.NDArray[np.bool_] | None]]:
+    """(statistic, the values for it, which of their positions are real); rows are those of axis 0."""
+    real = real_positions(batch.feed)
+    if not hasattr(statistic, "halves"):
+        yield statistic, values, real
+        return
+    for number, half in enumerate(statistic.halves):
+        start = (number - batch.first_row) % 2
+        yield half, values[start::2], real[start::2] if real is not None and len(real) == len(values) else None
 
 
 def _fold(running: Statistic, values: npt.NDArray[Any], name: str, batch: Batch) -> None:
@@ -103,7 +134,7 @@ def _where(values: npt.NDArray[Any], batch: Batch) -> str:
 
 def check(how: Calibration) -> None:
     """Refuse calibration settings that no observer has. Raises UsageError."""
-    if how.ranges not in ranges.OPTIONS:
-        raise UsageError(f"ranges {how.ranges!r} are not known; use one of {', '.join(ranges.OPTIONS)}")
+    if how.ranges not in (AUTO, *ranges.OPTIONS):
+        raise UsageError(f"ranges {how.ranges!r} are not known; use one of {', '.join((AUTO, *ranges.OPTIONS))}")
     if not 50 < how.percentile <= 100:
         raise UsageError(f"percentile {how.percentile} makes no range; use a number above 50 and up to 100")

@@ -16,7 +16,7 @@ from onnxq.plan import NodePlan, Plan
 from onnxq.planner import few_channels
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
-from onnxq.recipe import Recipe, TensorSpec
+from onnxq.recipe import Recipe, Scheme, TensorSpec
 from onnxq.targets import Target
 
 COARSER = 2.0  # one bit of what is joined
@@ -112,6 +112,16 @@ def _largest_pairs(node: Node, values: npt.NDArray[np.float32], target: Target) 
     return affine.largest_pair(values.transpose(1, 0, 2) if node.op == "LSTM" else values.T)
 
 
+def weight_params(node: Node, values: npt.NDArray[np.float32], scheme: Scheme, target: Target,
+                  index: int = 1) -> QuantParams:
+    """Scales of the weight [K, N] or [M, C, ..] that is input `index` of a Conv, MatMul or Gemm."""
+    spec = scheme.weights
+    assert spec is not None
+    axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
+    pairs = _largest_pairs(node, values, target) if target.saturates else np.zeros(1)
+    return affine.weight_params(values, axis, by_name(spec.dtype), least=pairs if axis is not None else pairs.max())
+
+
 def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
     values = np.asarray(graph.read(weight), np.float32)
     if not np.isfinite(values).all():
@@ -122,14 +132,9 @@ def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]
 
 def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
     index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
-    weight, spec = node.inputs[index], recipe.scheme.weights
-    assert spec is not None
+    weight = node.inputs[index]
     if weight.name not in plan.weights:
-        values = _finite(graph, weight, node)
-        axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
-        pairs = _largest_pairs(node, values, target) if target.saturates else np.zeros(1)
-        plan.weights[weight.name] = affine.weight_params(values, axis, by_name(spec.dtype),
-                                                         least=pairs if axis is not None else pairs.max())
+        plan.weights[weight.name] = weight_params(node, _finite(graph, weight, node), recipe.scheme, target, index)
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")

@@ -1,0 +1,151 @@
+"""What stands above a tensor and can divide its channels by factors: a normalisation's gain, a layer's weights.
+
+The walk goes up from the tensor through what commutes with positive factors per channel, and ends at constants that
+every channel of the tensor is proportional to. All it passes is read by nobody else, or the others would see factors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+
+LAST = -1  # channels along the last axis; along axis 1 it is 1
+_NORMS = {"LayerNormalization": 1, "RMSNormalization": 1, "SimplifiedLayerNormalization": 1, "BatchNormalization": 1}
+_HOMOGENEOUS = frozenset({"LeakyRelu", "Relu"})
+_BY_CHANNEL = frozenset({"AveragePool", "Dropout", "GlobalAveragePool", "Identity", "MaxPool"})
+_MOVES = frozenset({"Expand", "Reshape", "Transpose", "Unsqueeze"})
+_FURTHEST = 12  # nodes between a tensor and what takes its factors
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Input `index` of a node, whose slices along `axis` are divided by the factors."""
+
+    node: str
+    index: int
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Absorber:
+    """The constants to divide. `tie` int64 [C]: the slice that each channel belongs to, where heads share some."""
+
+    constants: tuple[Constant, ...]
+    tie: npt.NDArray[np.int64] | None = field(default=None)
+
+
+def absorber(graph: Graph, tensor: Tensor, readers: frozenset[str], channels: int, axis: int) -> Absorber | None:
+    """What can divide a tensor's `channels` along `axis` (LAST or 1), where the nodes `readers` alone read it."""
+    if graph.is_output(tensor) or {n.name for n in graph.consumers(tensor)} != readers:
+        return None
+    if axis == LAST:
+        heads = _heads(graph, tensor, channels)
+        if heads is not None:
+            return heads
+    return _above(graph, tensor, channels, axis, _FURTHEST)
+
+
+def _above(graph: Graph, tensor: Tensor, channels: int, axis: int, left: int) -> Absorber | None:
+    """The walk: `tensor` is read by what called alone."""
+    node = graph.producer(tensor)
+    if node is None or not left or len([t for t in node.outputs if t.name]) != 1:
+        return None
+    found = _own(graph, node, channels, axis)
+    if found is not None:
+        return found
+    if node.op in ("Add", "Mul") and not node.domain:
+        return _elementwise(graph, node, channels, axis, left)
+    if (node.op in _HOMOGENEOUS or (axis == 1 and node.op in _BY_CHANNEL)) and not node.domain:
+        return _further(graph, node.inputs[0], channels, axis, left)
+    return None
+
+
+def _further(graph: Graph, tensor: Tensor, channels: int, axis: int, left: int) -> Absorber | None:
+    return _above(graph, tensor, channels, axis, left - 1) if graph.only_consumer(tensor) is not None else None
+
+
+def _own(graph: Graph, node: Node, channels: int, axis: int) -> Absorber | None:
+    """The weights and bias of the node itself, if the channels are what it makes by them."""
+    if node.op in _NORMS and (node.op == "BatchNormalization") == (axis == 1):
+        last = int(node.attrs.get("axis", -1)) in (-1, len(shape_of(node.inputs[0]) or ()) - 1)
+        if node.op != "BatchNormalization" and not last:
+            return None
+        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
+    elif node.op in ("MatMul", "Gemm") and axis == LAST and not node.attrs and not node.domain:
+        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], -1
+    elif node.op == "Conv" and axis == 1 and not node.domain:
+        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
+    else:
+        return None
+    for k in indices:
+        dims = shape_of(node.inputs[k])
+        if not _stored(node.inputs[k]) or not dims or dims[along] != channels:
+            return None
+    return Absorber(tuple(Constant(node.name, k, along) for k in indices))
+
+
+def _elementwise(graph: Graph, node: Node, channels: int, axis: int, left: int) -> Absorber | None:
+    """Add of a constant and what goes on above; Mul by a constant, which takes the factors, or of two branches."""
+    index = next((k for k, t in enumerate(node.inputs) if is_constant(t)), None)
+    if index is not None:
+        constant, other = node.inputs[index], node.inputs[1 - index]
+        own = Constant(node.name, index, -1) if axis == LAST else None
+        fits = own is not None and _stored(constant) and (shape_of(constant) or (0,))[-1] == channels
+        if node.op == "Mul" and fits and (shape_of(other) or (0,))[-1] == channels:
+            return Absorber((own,))  # type: ignore[arg-type]
+        above = _further(graph, other, channels, axis, left) if fits or node.op == "Mul" else None
+        scalar = int(np.prod([int(d or 0) for d in shape_of(constant) or ()])) == 1
+        if node.op == "Mul":
+            return above if scalar else None
+        return replace(above, constants=(*above.constants, own)) if above is not None and own is not None else None
+    if node.op == "Add":
+        return None
+    for branch in node.inputs:
+        dims = shape_of(branch)
+        if dims and len(dims) == len(shape_of(node.outputs[0]) or ()) and dims[axis] == channels:
+            found = _further(graph, branch, channels, axis, left)
+            if found is not None:
+                return found
+    return None
+
+
+def _heads(graph: Graph, tensor: Tensor, channels: int) -> Absorber | None:
+    """The values' projection under attention: x = merged heads of (weights of attention) @ (heads of V).
+
+    Each head's columns of x are proportional to its columns of V; of grouped heads, several to the same ones.
+    """
+    product = _through_moves(graph, graph.producer(tensor))
+    if product is None or product.op != "MatMul" or any(is_constant(t) for t in product.inputs):
+        return None
+    values = product.inputs[1]
+    size = (shape_of(values) or (None,))[-1]
+    bottom = _through_moves(graph, graph.producer(values)) if graph.only_consumer(values) is not None else None
+    if bottom is None or not isinstance(size, int) or graph.only_consumer(product.outputs[0]) is None:
+        return None
+    made = (shape_of(bottom.outputs[0]) or (None,))[-1]
+    if not isinstance(made, int) or graph.only_consumer(bottom.outputs[0]) is None or made % size or channels % made:
+        return None
+    found = _above(graph, bottom.outputs[0], made, LAST, 3)
+    if found is None or channels == made:
+        return found
+    head, place = np.divmod(np.arange(channels), size)
+    return replace(found, tie=np.asarray(head // (channels // made) * size + place, np.int64))
+
+
+def _through_moves(graph: Graph, node: Node | None) -> Node | None:
+    """The first node above that is no data movement; None where something else reads what lies between."""
+    for _ in range(_FURTHEST):
+        if node is None or node.op not in _MOVES:
+            return node
+        if graph.only_consumer(node.inputs[0]) is None:
+            return None
+        node = graph.producer(node.inputs[0])
+    return None
+
+
+def _stored(tensor: Tensor) -> bool:
+    return is_constant(tensor) and dtype_of(tensor) == np.float32
