@@ -22,9 +22,8 @@ from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import GIVEN, Plan
-from onnxq.planner import masks
+from onnxq.planner import masks, smoothing
 from onnxq.planner.pricing import Prices
-from onnxq.planner.replay import replayed
 from onnxq.planner.rewriting import keep_faster
 from onnxq.planning import Planning
 from onnxq.ports import Port
@@ -134,8 +133,9 @@ class _Compilation:
                 self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
-        codes.connect(self.report.nodes, self.context.plan.nodes, self.planning.graph)
-        self.report.tensors = codes.planned(self.context.plan, self.planning.graph)
+        planned = self.planning.graph_for(self.context.plan)
+        codes.connect(self.report.nodes, self.context.plan.nodes, planned)
+        self.report.tensors = codes.planned(self.context.plan, planned)
         for row in self.report.nodes:
             row.times = self.prices.of(row.name) if self.prices is not None else {}
         self.report.nodes += self.removed
@@ -192,7 +192,7 @@ class _Compilation:
         request, planning, able = self.request, self.planning, None
         if request.plan is not None:
             with self.stage("plan"):
-                self.context.plan = replayed(request.plan, planning.graph)
+                self.context.plan = planning.replay(request.plan)
         elif not feeds or not request.measure:
             self.context.plan = planning.plan()
         else:
@@ -203,6 +203,7 @@ class _Compilation:
             self.planning, self.recipe, self.context.plan = found.planning, found.planning.recipe, found.plan
             self.report.latency, self.prices, able = found.latency, found.prices, found.able
         if request.plan is None:
+            self.planning.round(self.context.plan)
             self.planning.correct(self.context.plan)
         self._plan_notices(self.context.plan.quantizes if able is None else able)
         if self.planning.calib is not None and (self.planning.used_data or self.context.plan.bias_shifts):
@@ -222,9 +223,8 @@ class _Compilation:
         if not able:
             notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
                            "each node's reason is in the report")
-        hiding = masks.notice(plan)
-        if hiding is not None:
-            notices.append(hiding)
+        notices += self.planning.faults
+        notices += [said for said in (smoothing.notice(plan), masks.notice(plan)) if said is not None]
         if not self.recipe.scheme.is_dynamic:
             return
         convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
@@ -243,7 +243,8 @@ class _Compilation:
 
     def _write(self, compiled: Path, twin: Path) -> Graph:
         """Write the model that the Plan makes, and its QDQ form."""
-        graph = self.planning.graph.copy()
+        graph = self.planning.graph_for(self.context.plan)
+        self.made |= {n.name: _results(graph, n) for n in graph.nodes}
         self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:
             self._passes(quantize(), graph)
@@ -257,7 +258,7 @@ class _Compilation:
 
     def _build(self, plan: Plan, path: Path) -> None:
         """Write what a Plan that is not decided on yet would make, to be timed."""
-        graph, context = self.planning.graph.copy(), Context(self.request.target, plan)
+        graph, context = self.planning.graph_for(plan), Context(self.request.target, plan)
         PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
         PassManager(lower(self.request.format)).run(graph, context)
         save(graph, path)

@@ -32,7 +32,7 @@ MOVES_CODES = frozenset({
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
 BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
-_SHIFT, _SMOOTHING = "bias_shifts/", "smoothings/"  # prefixes of names in plan.npz
+_SHIFT, _SMOOTHING, _ROUNDED = "bias_shifts/", "smoothings/", "rounded/"  # prefixes of names in plan.npz
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ class Masking:
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """The channels of what `layers` read, `tensor`, are divided by `factors`, float32 [C], and their weights multiplied.
+    """The channels of `tensor`, which `layers` read, are divided by `factors`, float32 [C], their weights multiplied.
 
     `axis` is that of the channels, -1 or 1. `absorbed` tells whether constants above take the division, or a Mul does.
+    With a `source`, int64 [C], the tensor's channels are repeated first: c is source[c] of those that it had, and the
+    weights of n copies are an n-th each.
     """
 
     tensor: str
@@ -96,6 +98,14 @@ class Smoothing:
     factors: npt.NDArray[np.float32]
     axis: int
     absorbed: bool
+    source: npt.NDArray[np.int64] | None = None
+
+    @property
+    def copies(self) -> npt.NDArray[np.int64]:
+        """int64 [C]: how many channels have the same source as each; 1 without one."""
+        if self.source is None:
+            return np.ones(self.factors.size, np.int64)
+        return np.bincount(self.source)[self.source]
 
 
 @dataclass
@@ -105,9 +115,10 @@ class Plan:
     `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel);
     `bias_shifts` a node's name to what is added to its bias, float32 [C]. `added` maps the name of a Where that hides
     scores to the number that is added to them instead; `maskings` the name of a Softmax to what becomes of its mask.
-    Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales its
-    channels; all else is told of the graph that this makes. `dropped` names passes that rewrite the float graph, and are left
-    out since they gain nothing.
+    Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales
+    its channels; all else is told of the graph that this makes. `dropped` names passes that rewrite the float graph,
+    and are left out since they gain nothing. `rounded` maps a weight's name to its codes, where these are not the
+    nearest ones.
     """
 
     scheme: str
@@ -120,6 +131,7 @@ class Plan:
     maskings: dict[str, Masking] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
+    rounded: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -185,8 +197,10 @@ class Plan:
         plan.dropped = tuple(data.get("dropped", ()))
         plan.maskings = {item["softmax"]: Masking(**item) for item in data.get("maskings", [])}
         plan.smoothings = {item["tensor"]: Smoothing(
-            **{**item, "layers": tuple(item["layers"])}, factors=arrays[_SMOOTHING + item["tensor"]])
+            **{**item, "layers": tuple(item["layers"])}, factors=arrays[f"{_SMOOTHING}{item['tensor']}/factors"],
+            source=arrays.get(f"{_SMOOTHING}{item['tensor']}/source"))
             for item in data.get("smoothings", [])}
+        plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
 
@@ -208,4 +222,6 @@ class Plan:
         scales = {f"{kind}/{name}/{part}": np.asarray(getattr(params, part))
                   for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}
         return (scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}
-                | {f"{_SMOOTHING}{name}": found.factors for name, found in self.smoothings.items()})
+                | {f"{_ROUNDED}{name}": codes for name, codes in self.rounded.items()}
+                | {f"{_SMOOTHING}{name}/{part}": array for name, found in self.smoothings.items()
+                   for part, array in (("factors", found.factors), ("source", found.source)) if array is not None})

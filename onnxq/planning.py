@@ -14,10 +14,11 @@ from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.planner import correction, masks, ranging, smoothing
+from onnxq.planner import correction, masks, ranging, rounding, smoothing
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, Outline, outline
 from onnxq.planner.readers import groups
+from onnxq.planner.replay import check_smoothings, replayed
 from onnxq.planner.scales import finish
 from onnxq.planner.smoothing import Searching, Smoothed
 from onnxq.progress import Progress
@@ -34,12 +35,13 @@ class Planning:
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
                  progress: Progress, stage: Stages, dropped: Collection[str] = ()) -> None:
-        self.base = self.graph = graph  # `graph` is what is planned on: once smoothed, another one than `base`
+        self.base = self.graph = graph  # `graph` is what is planned on: with channels scaled, another one than `base`
         self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.methods: dict[str, str] = {}  # of ranges that were chosen among several, by tensor
         self.smoothed: dict[str, Smoothed] | None = None
+        self.faults: list[str] = []
         self.hiding: Masks | None = None
         self.used_data = False
         self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
@@ -57,11 +59,23 @@ class Planning:
         self._calibrate(found, self.hiding.statistics if first else {})
         with self.stage("scales"):
             plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
-        plan.smoothings = {name: one.rewrite for name, one in (self.smoothed or {}).items()}
+        smoothing.use(plan, self.smoothed or {})
         masks.decide(self.hiding, plan)
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
+
+    def graph_for(self, plan: Plan) -> Graph:
+        """A graph of its own to rewrite as a Plan says: the canonical one, with channels scaled."""
+        graph = self.base.copy()
+        PassManager([Smooth()]).run(graph, Context(self.target, plan))
+        return graph
+
+    def replay(self, plan: Plan) -> Plan:
+        """A saved Plan, for the graph that it was made for. Raises UsageError for another."""
+        check_smoothings(plan, self.base)
+        self.graph = self.graph_for(plan)
+        return replayed(plan, self.graph)
 
     def _smooth(self, found: Outline) -> None:
         """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
@@ -76,11 +90,17 @@ class Planning:
             self._rewrite({s.rewrite.tensor: s for s in smoothing.find(self.graph, found.nodes, codes, self._by())})
 
     def _rewrite(self, smoothed: dict[str, Smoothed]) -> None:
-        self.smoothed, self.graph = smoothed, self.base
-        if smoothed:
-            plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()})
-            self.graph = self.base.copy()
-            PassManager([Smooth()]).run(self.graph, Context(self.target, plan))
+        """Plan on the graph with channels scaled, once it is known to compute the same."""
+        if not smoothed:
+            return
+        assert self.calib is not None
+        plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()})
+        graph = self.graph_for(plan)
+        if smoothing.same(self.base, graph, next(self.calib.batches(1)).feed, self.options):
+            self.smoothed, self.graph = smoothed, graph
+        else:
+            self.faults.append("channels of layers' inputs are not scaled: the rewritten float model computes "
+                               "something else; please report this")
 
     def _by(self) -> Searching:
         assert self.calib is not None
@@ -110,6 +130,15 @@ class Planning:
             for name in list(names) if step.name in self.dropped else ():
                 masks.drop(plan, name, "stays as it is: to rewrite it was measured to gain nothing")
         return plan
+
+    def round(self, plan: Plan) -> None:
+        """Find codes of weights that keep layers' results better than the nearest ones do."""
+        if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
+            return
+        with self.stage("round"):
+            self._start(self.recipe.calibration.samples)
+            self.used_data = True
+            plan.rounded = rounding.round_weights(self.graph_for(plan), plan, self._by())
 
     def correct(self, plan: Plan) -> None:
         """Find by how much each layer's bias has to make up for the error of its weights and input."""

@@ -158,13 +158,15 @@ class Outliers:
 
     method: smooth (they are divided by factors that the weights are multiplied by) or none. alpha and beta are the
     exponents of the factors max|x|^alpha / max|w|^beta (None: searched for each tensor; a fixed alpha alone means beta
-    = 1 - alpha). at_run_time: whether a Mul may divide where no constants above can take the factors.
+    = 1 - alpha). at_run_time: whether a Mul may divide where no constants above can take the factors. split: whether
+    the largest channels may be repeated, each copy with its share, where columns of the layer above can be.
     """
 
     method: str = "smooth"
     alpha: float | None = None
     beta: float | None = None
     at_run_time: bool = True
+    split: bool = True
 
     def __post_init__(self) -> None:
         """Raises RecipeError naming the key that can't be used."""
@@ -195,17 +197,26 @@ class BudgetSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a compilation, apart from the model, the data and the target."""
+    """Everything that decides a compilation, apart from the model, the data and the target.
+
+    rounding: of weights; auto (GPTQ where it keeps a layer's results better on data that it has not seen) or nearest.
+    """
 
     scheme: Scheme
     version: int = VERSION
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
     outliers: Outliers = Outliers()
+    rounding: str = "auto"
     bias_correction: bool = True
     data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for a rounding that is not known."""
+        if self.rounding not in ("auto", "nearest"):
+            raise RecipeError(f"rounding: {self.rounding!r} is not known; use auto or nearest")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON, defaults included."""

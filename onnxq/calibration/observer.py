@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration.dataset import Batch, Dataset
-from onnxq.calibration.padding import real_positions, without_padding
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph, save
 from onnxq.numerics import ranges
 from onnxq.numerics.dtypes import by_name
+from onnxq.numerics.padding import real_positions, without_padding
 from onnxq.recipe import Calibration, TensorSpec
 from onnxq.runtime.session import Session, SessionOptions
 
@@ -63,8 +63,8 @@ def make(wanted: Sequence[str], how: Calibration, spec: TensorSpec | None) -> di
     return {name: ranges.make(method, **_settings(how, spec)) for name in wanted}
 
 
-def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset, how: Calibration, options: SessionOptions,
-         progress: Progress | None = None) -> None:
+def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset, how: Calibration,
+         options: SessionOptions, progress: Progress | None = None) -> None:
     """Fold named tensors of a graph into running statistics, batch by batch; each batch is dropped behind it.
 
     Positions that a fed attention_mask hides are left out of tensors [B, S, K].

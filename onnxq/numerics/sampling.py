@@ -99,8 +99,9 @@ class Sampled:
             return
         found = view.rows(x, np.fromiter(kept.values(), np.int64))
         held = self._rows.get(view, np.empty((0, found.shape[1]), np.float32))
-        if len(held) < min(self.most, seen + new):
-            held = np.concatenate([held, np.empty((min(self.most, seen + new) - len(held), found.shape[1]), np.float32)])
+        size = min(self.most, seen + new)
+        if len(held) < size:
+            held = np.concatenate([held, np.empty((size - len(held), found.shape[1]), np.float32)])
         held[np.fromiter(kept, np.int64)] = found
         self._rows[view] = held
 

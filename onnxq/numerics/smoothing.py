@@ -173,6 +173,19 @@ class Search:
         return factors(x, w, alpha, beta)
 
 
+def split(low: npt.ArrayLike, high: npt.ArrayLike, extra: int) -> npt.NDArray[np.int64]:
+    """The source of each of C + `extra` channels, ascending int64, for which the largest extreme of a copy is least.
+
+    Copies of a channel of extremes low and high [C] share its values evenly. Source: outlier channel splitting
+    (1901.09504), here of activations: always the channel whose copies are largest gets one more.
+    """
+    sizes = extreme(low, high)
+    copies = np.ones(sizes.size, np.int64)
+    for _ in range(extra):
+        copies[int(np.argmax(sizes / copies))] += 1
+    return np.repeat(np.arange(sizes.size), copies)
+
+
 def shared(values: npt.NDArray[np.float64], tie: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """[C]: the largest of the values [C] among all channels of the same source `tie` [C]."""
     largest = np.zeros(int(tie.max()) + 1)

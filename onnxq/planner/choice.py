@@ -96,7 +96,7 @@ def _reading(net: Net, unit: Unit, units: Mapping[str, Unit], makers: Mapping[st
         maker = makers.get(tensor)
         read = ("read", tensor)
         if not net.has_node(read):
-            cost = prices.conversion.to_codes(prices.elements[tensor], prices.ranks[tensor])
+            cost = prices.to_codes(tensor)
             net.add_edge(read, ("unit", maker) if maker is not None else _FLOAT, capacity=_whole(cost))
         net.add_edge(("unit", unit.name), read)  # without a capacity: never cut
         if unit.op not in WEIGHTED and maker is not None:

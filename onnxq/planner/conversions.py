@@ -24,16 +24,22 @@ _SCALE, _ZERO_POINT = np.asarray(0.02, np.float32), np.asarray(128, np.uint8)
 @dataclass(frozen=True)
 class Costs:
     """Milliseconds at the element counts of `counts`: QuantizeLinear, DequantizeLinear and the Transpose of codes
-    between the layouts of a float and an integer Conv, each without what running any graph takes."""
+    between the layouts of a float and an integer Conv, and a Mul by a factor per channel, each without what running any
+    graph takes."""
 
     counts: tuple[int, ...]
     quantize: tuple[float, ...]
     dequantize: tuple[float, ...]
     layout: tuple[float, ...]
+    scale: tuple[float, ...] = (0.0,)
 
     def to_codes(self, elements: int, rank: int) -> float:
         """Milliseconds from float to uint8 codes; tensors of more than 3 axes change their layout, too."""
         return self._at(self.quantize, elements) + self._layout(elements, rank)
+
+    def to_scale(self, elements: int) -> float:
+        """Milliseconds to scale the channels of a float tensor."""
+        return self._at(self.scale, elements)
 
     def to_float(self, elements: int, rank: int) -> float:
         """Milliseconds from uint8 codes to float."""
@@ -54,10 +60,10 @@ FREE = Costs((1,), (0.0,), (0.0,), (0.0,))
 
 def measure(options: SessionOptions, cache: TimingCache) -> Costs:
     """Time the conversions on the target, or take them from the cache."""
-    rows: dict[str, list[float]] = {"quantize": [], "dequantize": [], "layout": []}
+    rows: dict[str, list[float]] = {"quantize": [], "dequantize": [], "layout": [], "scale": []}
     call = 0.0
     for count in _COUNTS:
-        about = {"conversions of elements": count}
+        about = {"conversions and scaling of elements": count}
         times = cache.get(about)
         if times is None:
             times = _time(count, options)
@@ -65,7 +71,7 @@ def measure(options: SessionOptions, cache: TimingCache) -> Costs:
         call = call or times["call"].ms
         for name, row in rows.items():
             row.append(max(times[name].ms - call, 0.0))
-    return Costs(_COUNTS, tuple(rows["quantize"]), tuple(rows["dequantize"]), tuple(rows["layout"]))
+    return Costs(_COUNTS, **{name: tuple(row) for name, row in rows.items()})
 
 
 def _time(count: int, options: SessionOptions) -> dict[str, KernelTime]:
@@ -77,7 +83,8 @@ def _time(count: int, options: SessionOptions) -> dict[str, KernelTime]:
         "call": (alone("Neg", [floats[:, :1, :1]], [np.float32]), floats[:, :1, :1]),
         "quantize": (alone("QuantizeLinear", [floats], [np.uint8], constants=pair), floats),
         "dequantize": (alone("DequantizeLinear", [codes], [np.float32], constants=pair), codes),
-        "layout": (alone("Transpose", [codes], [np.uint8], {"perm": [0, 2, 1]}), codes)}
+        "layout": (alone("Transpose", [codes], [np.uint8], {"perm": [0, 2, 1]}), codes),
+        "scale": (alone("Mul", [floats], [np.float32], constants=[floats[:1, :1].reshape(-1)]), floats)}
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         calls: dict[str, list[Callable[[], None]]] = {}
         for name, (graph, array) in graphs.items():

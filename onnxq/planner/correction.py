@@ -57,7 +57,7 @@ def shadow(graph: Graph, plan: Plan) -> tuple[Graph, dict[str, str]]:
             x = _decoded_activation(copy, x, plan.activations[x.name])
         elif w.name not in verdict.stored:
             continue
-        w = _decoded_weight(copy, w, plan.weights[w.name])
+        w = _decoded_weight(copy, w, plan)
         outputs[node.name] = _mean_difference(copy, node, [x, w, bias])
     copy.sort()
     return copy, outputs
@@ -74,9 +74,11 @@ def _decoded_activation(graph: Graph, x: Tensor, params: QuantParams) -> Tensor:
     return graph.made(f"{x.name}.shadow")
 
 
-def _decoded_weight(graph: Graph, w: Tensor, params: QuantParams) -> Tensor:
+def _decoded_weight(graph: Graph, w: Tensor, plan: Plan) -> Tensor:
     if not graph.has(f"{w.name}.shadow"):
-        graph.constant(f"{w.name}.shadow", affine.dequantize(affine.quantize(graph.read(w), params), params))
+        params, codes = plan.weights[w.name], plan.rounded.get(w.name)
+        codes = affine.quantize(graph.read(w), params) if codes is None else codes
+        graph.constant(f"{w.name}.shadow", affine.dequantize(codes, params))
     return graph.made(f"{w.name}.shadow")
 
 

@@ -35,7 +35,8 @@ class Prices:
     """Times by unit and candidate, milliseconds over one run of each feed; what could not be timed is left out.
 
     `faults` tells of candidates that compute something else than their Q/DQ form says; they are never chosen.
-    `elements` are those of each tensor that a unit reads or makes, `ranks` their ranks.
+    `elements` are those of each tensor that a unit reads or makes, `ranks` their ranks; `scaled` names those that a Mul
+    makes for integer kernels alone.
     """
 
     units: list[Unit]
@@ -44,6 +45,12 @@ class Prices:
     elements: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     conversion: conversions.Costs = conversions.FREE
+    scaled: frozenset[str] = frozenset()
+
+    def to_codes(self, tensor: str) -> float:
+        """Milliseconds from a float tensor to what a kernel reads: codes, of scaled channels where it wants these."""
+        scaling = self.conversion.to_scale(self.elements[tensor]) if tensor in self.scaled else 0.0
+        return scaling + self.conversion.to_codes(self.elements[tensor], self.ranks[tensor])
 
     def of(self, node: str) -> dict[str, float]:
         """Candidate -> milliseconds for a node that has a kernel; for all of its unit, where that has several nodes."""
@@ -58,7 +65,8 @@ def price(graph: Graph, plan: Plan, target: Target, feeds: Sequence[Feed], optio
     Equal units (operators, attributes, shapes, types) share one timing, which the cache keeps. Each unit's integer form
     is checked against its QDQ twin, unless the cache knows the result for just these weights and scales.
     """
-    found = Prices(units(plan, graph))
+    found = Prices(units(plan, graph), scaled=frozenset(
+        f"{name}.smooth" for name, one in plan.smoothings.items() if not one.absorbed))
     wanted = {t for unit in found.units for t in (*inputs_of(graph, unit), *unit.reads, *unit.makes)}
     with Values(graph, feeds, options, wanted) as values:
         known: dict[str, dict[str, KernelTime]] = {}

@@ -95,11 +95,11 @@ def _view(node: Node) -> View | None:
         return None
     if node.op != "Conv":
         return View() if len(dims) == 2 and not node.attrs else None
-    spatial = len(dims) - 2
+    spatial, kernel = len(dims) - 2, tuple(int(d) for d in dims[2:] if isinstance(d, int))
     if node.attrs.get("group", 1) != 1 or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return None
     ones = (1,) * spatial
-    return View(tuple(dims[2:]), tuple(node.attrs.get("strides", ones)),
+    return View(kernel, tuple(node.attrs.get("strides", ones)),
                 tuple(node.attrs.get("pads", (0,) * (2 * spatial))), tuple(node.attrs.get("dilations", ones)))
 
 

@@ -24,3 +24,13 @@ def replayed(plan: Plan, graph: Graph) -> Plan:
                                  f"{dims[params.axis]} channels, not {params.scale.size}; make a plan of this model "
                                  "with --save-plan DIR")
     return plan
+
+
+def check_smoothings(plan: Plan, graph: Graph) -> None:
+    """Whether the tensors whose channels a Plan scales are those of a graph. Raises UsageError when they are not."""
+    reads = {n.name: n.inputs[0].name for n in graph.nodes if len(n.inputs)}
+    for one in plan.smoothings.values():
+        wrong = next((name for name in one.layers if reads.get(name) != one.tensor), None)
+        if wrong is not None:
+            raise UsageError(f"the plan was made for another model: {wrong!r} does not read {one.tensor!r} in this "
+                             "one; make a plan of this model with --save-plan DIR")

@@ -9,7 +9,8 @@ from onnxq.errors import UsageError
 from onnxq.graph import Graph, Node, is_constant
 from onnxq.recipe import FLOAT, Recipe, expand_braces, matches
 
-_SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".scaled", ".smoothed")  # what rewrites of the float graph append to a weight's name
+# what rewrites of the float graph append to a weight's name
+_SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".scaled", ".smoothed", ".split")
 
 
 def names_of(graph: Graph, node: Node) -> list[str]:

@@ -1,25 +1,35 @@
-"""Which tensors' channels are scaled, by which factors: searched on calibrated rows for the least error of the layers."""
+"""Which tensors' channels are scaled, and by which factors: what costs layers the least error on calibrated rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxq.calibration.readers import Dataset
-from onnxq.graph import Graph
+from onnxq.graph import Graph, save
 from onnxq.numerics import smoothing
+from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.sampling import Sample
 from onnxq.passes.absorbing import Absorber, absorber
-from onnxq.plan import NodePlan, Smoothing
+from onnxq.passes.widening import region
+from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan, Smoothing
 from onnxq.planner.readers import Group, activation, groups, readers, sampled
 from onnxq.recipe import Calibration, Outliers, Scheme
-from onnxq.runtime.session import SessionOptions
+from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import Target
 
 # what it has to gain at the layers' results, in dB: a Mul takes time, and any change is one
-_LEAST_GAIN, _LEAST_GAIN_OF_MUL = 0.3, 1.0
+_LEAST_GAIN, _LEAST_GAIN_OF_MUL, _LEAST_GAIN_OF_SPLIT = 0.3, 1.0, 0.5
+_SAME_DB = 50.0  # roundings of a deep model in another order leave 80 and more
+Floats = npt.NDArray[np.float32]
+
+_LANES = 16  # channels are repeated up to a multiple of it, by as many where it is one
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class Smoothed:
     def reason(self) -> str:
         """For the report."""
         how = "by the constants above" if self.rewrite.absorbed else "by a Mul"
+        if self.rewrite.source is not None:
+            how = f"{self.rewrite.source.size - int(self.rewrite.source.max()) - 1} copies of channels and {how}"
         before, after = (-10 * float(np.log10(max(e, 1e-30))) for e in (self.found.plain, self.found.error))
         return (f"its input's outliers are moved into its weights {how} (alpha {self.found.alpha:g}, beta "
                 f"{self.found.beta:g}): {before:.1f} to {after:.1f} dB on data not searched on")
@@ -50,31 +62,114 @@ class Searching:
     progress: Callable[[int], None] | None = None
 
 
+@dataclass(frozen=True)
+class _Way:
+    """What can be done above a group's tensor: `above` takes its factors (None: a Mul does), `wider` whether channels
+    can be repeated there."""
+
+    above: Absorber | None
+    wider: bool
+
+
 def find(graph: Graph, nodes: dict[str, NodePlan], codes: frozenset[str], by: Searching) -> list[Smoothed]:
     """The Smoothings that gain, for the layers that `nodes` make integer. `codes` names tensors that integer kernels
     make as codes: no Mul can stand before their readers."""
-    candidates: list[tuple[Group, Absorber | None]] = []
+    ways: dict[str, _Way] = {}
+    wanted = []
     for group in groups(graph, nodes):
-        above = absorber(graph, group.tensor, frozenset(n.name for n in group.layers), group.channels, group.axis)
-        if above is not None or (by.outliers.at_run_time and group.name not in codes and group.axis == -1):
-            candidates.append((group, above))
-    takers = {group.name: above for group, above in candidates}
-    held = sampled(graph, [group for group, _ in candidates], by.data, by.how, by.options, by.progress)
-    searched = (_search(graph, group, takers[group.name], halves.results(), by) for group, halves in held)
+        layers = frozenset(n.name for n in group.layers)
+        above = absorber(graph, group.tensor, layers, group.channels, group.axis)
+        if above is None and (not by.outliers.at_run_time or group.name in codes or group.axis != -1):
+            continue
+        wide = group.axis == -1 and (above is None or above.tie is None)
+        ways[group.name] = _Way(above, wide and region(graph, group.tensor, layers, group.channels) is not None)
+        wanted.append(group)
+    held = sampled(graph, wanted, by.data, by.how, by.options, by.progress)
+    searched = (_search(graph, group, ways[group.name], halves.results(), by) for group, halves in held)
     return [found for found in searched if found is not None]
 
 
-def _search(graph: Graph, group: Group, above: Absorber | None, halves: tuple[Sample, Sample] | None,
+def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample] | None,
             by: Searching) -> Smoothed | None:
     if halves is None:
         return None
     seen, unseen = halves
-    tie = above.tie if above is not None else None
-    search = smoothing.Search(readers(graph, group, unseen, by.scheme, by.target), activation(by.scheme), seen.low,
-                              seen.high, tie)
+    low: Floats = np.minimum(seen.low, unseen.low)
+    high: Floats = np.maximum(seen.high, unseen.high)
+    layers, spec = readers(graph, group, unseen, by.scheme, by.target), activation(by.scheme)
+    search = smoothing.Search(layers, spec, seen.low, seen.high, way.above.tie if way.above is not None else None)
     found = search.run(by.outliers.alpha, by.outliers.beta)
-    least = _LEAST_GAIN if above is not None else _LEAST_GAIN_OF_MUL
-    if not (found.alpha or found.beta) or found.gain_db < least:
+    s, source = search.factors(found.alpha, found.beta, low, high), None
+    split = _wider(layers, seen, spec, group, by) if way.wider and by.outliers.split else None
+    if split is not None and 10 * np.log10(found.error / split[1].error) > _LEAST_GAIN_OF_SPLIT:
+        wide, found = split[0], replace(split[1], plain=found.plain)
+        source = smoothing.split(low, high, _extra(group))
+        copies = _copies(source)
+        s = np.asarray(wide.factors(found.alpha, found.beta, low[source] / copies, high[source] / copies) * copies)
+    least = _LEAST_GAIN if way.above is not None else _LEAST_GAIN_OF_MUL
+    if found.gain_db < least:
         return None
-    s = search.factors(found.alpha, found.beta, np.minimum(seen.low, unseen.low), np.maximum(seen.high, unseen.high))
-    return Smoothed(Smoothing(group.name, tuple(n.name for n in group.layers), s, group.axis, above is not None), found)
+    names = tuple(n.name for n in group.layers)
+    rewrite = Smoothing(group.name, names, s, group.axis, way.above is not None, source)
+    return Smoothed(rewrite, found)
+
+
+def _wider(layers: list[smoothing.Reader], seen: Sample, spec: smoothing.Activation, group: Group,
+           by: Searching) -> tuple[smoothing.Search, smoothing.Found]:
+    """The search with the largest channels repeated, each copy with its share of the values."""
+    source = smoothing.split(seen.low, seen.high, _extra(group))
+    copies = _copies(source)
+    search = smoothing.Search([smoothing.Reader(layer.rows[:, source] / copies, layer.weight[source], layer.decoded)
+                               for layer in layers], spec, seen.low[source] / copies, seen.high[source] / copies)
+    return search, search.run(by.outliers.alpha, by.outliers.beta)
+
+
+def _extra(group: Group) -> int:
+    return -group.channels % _LANES or _LANES
+
+
+def _copies(source: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """float32 [C]: how many channels have the same source as each."""
+    return np.asarray(np.bincount(source)[source], np.float32)
+
+
+def use(plan: Plan, smoothed: Mapping[str, Smoothed]) -> None:
+    """Put into a Plan, made for the graph with all channels scaled, what its layers need of that, and say so."""
+    for name, one in smoothed.items():
+        verdicts = [plan.nodes[layer] for layer in one.rewrite.layers]
+        if all(v.scheme in (FLOAT, GIVEN) for v in verdicts):
+            plan.nodes.pop(f"{name}/smooth", None)
+            continue
+        plan.smoothings[name] = one.rewrite
+        for verdict in verdicts:
+            if verdict.is_int:
+                plan.nodes[verdict.node] = replace(verdict, reason=f"{verdict.reason}; {one.reason()}")
+
+
+def same(graph: Graph, rewritten: Graph, feed: Mapping[str, npt.NDArray[Any]], options: SessionOptions) -> bool:
+    """Whether two float graphs give the same outputs for a feed, within rounding."""
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        results = []
+        for name, one in (("before", graph), ("after", rewritten)):
+            path = Path(folder) / f"{name}.onnx"
+            save(one, path)
+            results.append(Session(path, SessionOptions(threads=options.threads)).run(feed))
+    for before, after in zip(*(r.values() for r in results), strict=True):
+        if before.dtype.kind == "f" and before.size:
+            fold = Comparison()
+            fold.update(before, after)
+            if fold.sqnr_db is not None and fold.sqnr_db < _SAME_DB:
+                return False
+    return True
+
+
+def notice(plan: Plan) -> str | None:
+    """For the report: how many tensors have their channels scaled; None when none has."""
+    if not plan.smoothings:
+        return None
+    muls = sum(not s.absorbed for s in plan.smoothings.values())
+    split = sum(s.source is not None for s in plan.smoothings.values())
+    how = [f"{muls} by a Mul"] * bool(muls) + [f"{split} with channels repeated"] * bool(split)
+    many = len(plan.smoothings)
+    return (f"outliers in what layers read are moved into their weights at {many} tensor{'s' * (many > 1)}"
+            f"{' (' + ', '.join(how) + ')' if how else ''}")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from onnxq.errors import DataError
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric
+from onnxq.numerics.padding import real_positions, without_padding
 from onnxq.runtime.session import Session
 
 Array = npt.NDArray[Any]
@@ -49,15 +50,16 @@ def evaluate(reference: Session, compiled: Session, batches: Iterable[Batch],
              progress: Callable[[int], None] | None = None) -> Evaluation:
     """Run both models over the batches and fold what they give; memory is that of one batch.
 
+    Of outputs [B, S, K], positions that a fed attention_mask hides are not compared.
     `metrics` are two fresh instances, one per model. Labels come with a batch, or for metrics with one label per two
     rows from `labels`, the whole array. Raises DataError when the batches are empty or labels are missing.
     """
     floats = [p.name for p in reference.outputs if p.dtype is not None and np.issubdtype(p.dtype, np.floating)]
     found = Evaluation({name: Comparison() for name in floats})
     for batch in batches:
-        a, b = reference.run(batch.feed), compiled.run(batch.feed)
+        a, b, real = reference.run(batch.feed), compiled.run(batch.feed), real_positions(batch.feed)
         for name, comparison in found.outputs.items():
-            comparison.update(a[name], b[name])
+            comparison.update(without_padding(a[name], real), without_padding(b[name], real))
         if floats:
             found.cosines += row_cosines(a[floats[0]], b[floats[0]], batch.feed.get("attention_mask"))
         if metrics is not None:

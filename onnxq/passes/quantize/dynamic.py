@@ -30,7 +30,7 @@ class QuantizeDynamic(Pass):
         assert verdict.weight is not None
         x, result = node.inputs[0], node.outputs[0]
         codes, scale, zero_point = self._quantized(graph, x)
-        w_codes, w_scale, _ = store_weight(graph, node.inputs[1], context.plan.weights[verdict.weight])
+        w_codes, w_scale, _ = store_weight(graph, node.inputs[1], context.plan)
         name = node.name
         bias = graph.optional_input(node, 2)  # of a Gemm; a MatMul has two inputs
         graph.remove(node)

@@ -39,7 +39,7 @@ class QuantizePerToken(Pass):
         bias, result = _take_bias(graph, node, verdict.bias_add)
         codes, scale, low = _row_codes(graph, node.inputs[0])
         params = context.plan.weights[verdict.weight]
-        w_codes, w_scale, _ = store_weight(graph, node.inputs[1], params)
+        w_codes, w_scale, _ = store_weight(graph, node.inputs[1], context.plan)
         colsum = f"{verdict.weight}.colsum"
         if not graph.has(colsum):
             decoded = affine.dequantize(graph.read(w_codes), params)

@@ -7,15 +7,18 @@ from typing import ClassVar
 
 from onnxq.graph import Graph, Node, Tensor, shape_of
 from onnxq.numerics import affine
-from onnxq.numerics.affine import QuantParams
 from onnxq.passes.manager import Context, Pass
+from onnxq.plan import Plan
 
 
-def store_weight(graph: Graph, weight: Tensor, params: QuantParams) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes, scale, zero_point) as constants `w.q`, `w.scale`, `w.zero_point`; made once for a shared weight."""
-    codes = f"{weight.name}.q"
+def store_weight(graph: Graph, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scale, zero_point) as constants `w.q`, `w.scale`, `w.zero_point`; made once for a shared weight.
+
+    The codes are those of the Plan, where it has some, else the nearest.
+    """
+    codes, params, rounded = f"{weight.name}.q", plan.weights[weight.name], plan.rounded.get(weight.name)
     if not graph.has(codes):
-        graph.constant(codes, affine.quantize(graph.read(weight), params))
+        graph.constant(codes, affine.quantize(graph.read(weight), params) if rounded is None else rounded)
         graph.constant(f"{weight.name}.scale", params.scale)
         graph.constant(f"{weight.name}.zero_point", params.zero_point)
     return graph.made(codes), graph.made(f"{weight.name}.scale"), graph.made(f"{weight.name}.zero_point")
@@ -40,7 +43,7 @@ class QuantizeWeights(Pass):
         weight, params = node.inputs[1], context.plan.weights[verdict.weight]
         name = f"{weight.name}.dq"
         if not graph.has(name):
-            codes, scale, zero_point = store_weight(graph, weight, params)
+            codes, scale, zero_point = store_weight(graph, weight, context.plan)
             result = graph.variable(name, "float32", shape_of(weight))
             attrs = {"axis": params.axis} if params.axis is not None else {}
             graph.add_node("DequantizeLinear", f"{weight.name}/dequantize", [codes, scale, zero_point], [result], attrs)

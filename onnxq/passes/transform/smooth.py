@@ -12,6 +12,7 @@ from onnxq.errors import GraphError
 from onnxq.graph import Graph, Node, Tensor
 from onnxq.passes.absorbing import Constant, absorber
 from onnxq.passes.manager import Context, Pass
+from onnxq.passes.widening import Region, region, widen
 from onnxq.plan import Smoothing
 
 Floats = npt.NDArray[np.float32]
@@ -23,8 +24,10 @@ class Smooth(Pass):
     """MatMul(x, W) -> MatMul(x / s, s W), likewise Gemm and Conv; s float32 [C], one positive factor per input channel.
 
     The division is done by the constants above that x is proportional to, such as a normalisation's gain; where there
-    are none, by a Mul with 1 / s, `x.smooth`, that all layers of the Plan's Smoothing read. Float results stay the same
-    but for rounding. Source: SmoothQuant (2211.10438); MatMul-13, Gemm-13, Conv-11.
+    are none, by a Mul with 1 / s, `x.smooth`, that all layers of the Plan's Smoothing read. Outlier channels may be
+    repeated first, by columns of the layers above: n copies of a channel, each with an n-th of s W, need an n-th of its
+    range. Float results stay the same but for rounding. Source: SmoothQuant (2211.10438); outlier channel splitting
+    (1901.09504); MatMul-13, Gemm-13, Conv-11.
     """
 
     name: ClassVar[str] = "smooth"
@@ -44,6 +47,8 @@ class Smooth(Pass):
             return False  # they read `x.smooth` already
         if all(SMOOTHED in n.inputs[1].name for n in layers):
             return False
+        if found.source is not None:
+            widen(graph, self._region(graph, x, found), found.source)
         if found.absorbed:
             above = absorber(graph, x, frozenset(found.layers), found.factors.size, found.axis)
             if above is None:
@@ -55,8 +60,16 @@ class Smooth(Pass):
             for node in layers:
                 graph.replace_input(node, 0, smoothed)
         for node in layers:
-            _multiply(graph, node, found.factors)
+            _multiply(graph, node, found)
         return True
+
+    @staticmethod
+    def _region(graph: Graph, x: Tensor, found: Smoothing) -> Region:
+        assert found.source is not None
+        wide = region(graph, x, frozenset(found.layers), int(found.source.max()) + 1)
+        if wide is None:
+            raise GraphError(f"no columns above {x.name!r} can be repeated for the plan; this is a bug in onnxq")
+        return wide
 
 
 def _by_slice(s: Floats, tie: npt.NDArray[np.int64] | None) -> Floats:
@@ -84,11 +97,14 @@ def _mul(graph: Graph, x: Tensor, s: Floats) -> Tensor:
     return smoothed
 
 
-def _multiply(graph: Graph, node: Node, s: Floats) -> None:
+def _multiply(graph: Graph, node: Node, found: Smoothing) -> None:
     old = node.inputs[1]
     name = f"{old.name}{SMOOTHED}"
     if not graph.has(name):
-        graph.constant(name, scaled(np.asarray(graph.read(old), np.float32), s, node))
+        values = np.asarray(graph.read(old), np.float32)
+        if found.source is not None:
+            values = values[found.source]
+        graph.constant(name, scaled(values, (found.factors / found.copies).astype(np.float32), node))
     graph.replace_input(node, 1, graph.made(name))
 
 

@@ -1,0 +1,162 @@
+"""Codes of weights that keep layers' results, from calibrated rows; where they do so on rows not searched on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.calibration import observer
+from onnxq.graph import Graph, Node
+from onnxq.numerics import affine, rounding
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.rounding import Hessian
+from onnxq.numerics.sampling import View
+from onnxq.numerics.smoothing import Activation
+from onnxq.plan import STATIC, Plan
+from onnxq.planner.readers import Group, activation, groups
+from onnxq.planner.smoothing import Searching
+
+Codes = npt.NDArray[np.int8]
+
+_MOST_BYTES = 512 << 20  # of Hessians that are held at once
+_WIDEST = 6144  # inputs of a layer: the work grows with the cube
+_PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
+_BETTER = 0.95  # times the squared error of rounding to nearest, on the other half of the data
+_DAMPING = 0.05
+_PASSES = 4
+
+
+class _Half:
+    """The Hessian of what layers read of one half of the data, as its codes say."""
+
+    def __init__(self, view: View, decoded: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
+        self.view, self.decoded, self.hessian = view, decoded, Hessian()
+        self._random = np.random.default_rng(0)
+
+    def update(self, x: npt.NDArray[np.float32]) -> None:
+        count = self.view.count(x)
+        wanted = np.arange(count)
+        if self.view.kernel and count > _PATCHES:
+            wanted = self._random.choice(count, _PATCHES, replace=False)
+        if count:
+            self.hessian.update(self.decoded(self.view.rows(x, wanted)))
+
+
+class _Halves:
+    def __init__(self, view: View, decoded: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
+        self.halves = _Half(view, decoded), _Half(view, decoded)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One layer to round."""
+
+    node: Node
+    group: Group
+    view: View
+
+    @property
+    def inputs(self) -> int:
+        """K, the length of a row."""
+        return self.group.channels * self.view.repeat
+
+
+def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
+    """Weight name -> its codes, for layers whose results these keep better than rounding to nearest does.
+
+    `graph` is the one that the Plan is for. Layers that share what they read, and how, share a Hessian.
+    """
+    tasks: dict[tuple[str, View], list[_Task]] = {}
+    for group in groups(graph, plan.nodes):
+        for node, view in zip(group.layers, group.views, strict=True):
+            task = _Task(node, group, view)
+            if task.inputs <= _WIDEST and not plan.nodes[node.name].extra_channels:
+                tasks.setdefault((group.name, view), []).append(task)
+    found: dict[str, Codes] = {}
+    for chunk in _chunks(tasks):
+        running = {key: _Halves(key[1], _decoder(plan, tasks[key][0], by)) for key in chunk}
+        several = {name: _Several([one for key, one in running.items() if key[0] == name]) for name, _ in chunk}
+        observer.fold(graph, several, by.data, by.how, by.options, by.progress)
+        for key in chunk:
+            seen, unseen = (half.hessian for half in running[key].halves)
+            for task in tasks[key]:
+                codes = _rounded(graph, plan, task, seen, unseen, by.target.saturates)
+                if codes is not None:
+                    found[task.node.inputs[1].name] = codes
+    return found
+
+
+class _Several:
+    """Statistics of one tensor as one."""
+
+    def __init__(self, members: list[_Halves]) -> None:
+        first, second = ([one.halves[k] for one in members] for k in (0, 1))
+        self.halves = _All(first), _All(second)
+
+
+class _All:
+    def __init__(self, members: list[_Half]) -> None:
+        self.members = members
+
+    def update(self, x: npt.NDArray[np.float32]) -> None:
+        for one in self.members:
+            one.update(x)
+
+
+def _chunks(tasks: dict[tuple[str, View], list[_Task]]) -> list[list[tuple[str, View]]]:
+    """Keys whose Hessians are held together."""
+    chunks: list[list[tuple[str, View]]] = []
+    size = _MOST_BYTES
+    for key, members in tasks.items():
+        need = 3 * 8 * members[0].inputs**2
+        if size + need > _MOST_BYTES:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(key)
+        size += need
+    return chunks
+
+
+def _decoder(plan: Plan, task: _Task, by: Searching) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    """What the layer's kernel reads for rows of its input."""
+    if plan.nodes[task.node.name].activation != STATIC:
+        spec: Activation = activation(by.scheme)
+        return lambda x: spec.decoded(x, 0.0, 0.0)
+    params = plan.activations[task.group.name]
+    return lambda x: affine.dequantize(affine.quantize(x, params), params)
+
+
+def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessian, pairs: bool) -> Codes | None:
+    """The layer's codes, in the shape of its weight; None where nearest ones do as well."""
+    if not seen.count or not unseen.count:
+        return None
+    weight = task.node.inputs[1]
+    values = np.asarray(graph.read(weight), np.float32)
+    params, shape = plan.weights[weight.name], values.shape
+    order = np.arange(task.inputs)
+    if task.node.op == "Conv":  # kernels multiply the channels of a filter's place side by side
+        order = order.reshape(-1, task.view.repeat).T.reshape(-1)
+        values = values.reshape(shape[0], -1).T[order]
+        params = QuantParams(params.scale, params.zero_point, params.dtype, None if params.axis is None else 1)
+    first, second = (half.result()[np.ix_(order, order)] for half in (seen, unseen))
+    nearest = affine.quantize(values, params)
+    tried = _search(values, first, params, pairs)
+    before, after = (rounding.output_error(values, codes, params, second).sum() for codes in (nearest, tried))
+    if not after < _BETTER * before:
+        return None
+    codes = _search(values, first + second, params, pairs)
+    if task.node.op == "Conv":
+        back = np.empty_like(codes)
+        back[order] = codes
+        codes = np.ascontiguousarray(back.T).reshape(shape)
+    return codes
+
+
+def _search(values: npt.NDArray[np.float32], hessian: npt.NDArray[np.float64], params: QuantParams,
+            pairs: bool) -> Codes:
+    damped = rounding.damped(hessian, _DAMPING)
+    codes = rounding.gptq(values, damped, params, 0.0, pairs=pairs)
+    return np.asarray(rounding.descend(values, codes, params, damped, _PASSES, pairs=pairs), np.int8)
