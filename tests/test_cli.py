@@ -29,7 +29,7 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifie
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
     "ranges": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
-    "force": False, "measure": True, "objective": "balanced", "shapes": {},
+    "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
     "save_plan": None, "plan": None, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
@@ -109,6 +109,8 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--format", "qdq"], {"format": "qdq"}),
     (["--ranges", "mse"], {"ranges": "mse"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
+    (["--fallback", "3"], {"fallback": 3}),
+    (["--fallback", "0"], {"fallback": 0}),
     (["--no-measure"], {"measure": False}),
     (["--save-plan", "p"], {"save_plan": "p"}),
     (["--objective", "size"], {"objective": "size"}),
@@ -168,7 +170,8 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                    "--max-drop", "1%", "--keep-float", "x*", "--threads", "3")
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
-                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",)})]
+                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
+                           "fallback": None})]
     assert compiled == []
 
 

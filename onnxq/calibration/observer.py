@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from onnxq.calibration.dataset import Batch, Dataset
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph, save
 from onnxq.numerics import ranges
+from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.dtypes import by_name
 from onnxq.recipe import Calibration, TensorSpec
 from onnxq.runtime.session import Session, SessionOptions
@@ -28,6 +30,16 @@ class Statistic(Protocol):
         """Fold in one batch."""
 
 
+@dataclass(frozen=True)
+class _Both:
+    first: Statistic
+    second: Statistic
+
+    def update(self, x: npt.NDArray[Any]) -> None:
+        self.first.update(x)
+        self.second.update(x)
+
+
 def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions,
             progress: Progress | None = None, spec: TensorSpec | None = None,
             beside: Mapping[str, Statistic] | None = None) -> dict[str, tuple[float, float]]:
@@ -35,14 +47,15 @@ def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration
 
     The graph runs fully optimized with the wanted tensors as extra outputs; each batch is folded into the running
     ranges and dropped, so memory is that of one batch. `progress` gets the rows done so far. `spec` is how the tensors
-    will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it. `beside` are statistics
-    of other tensors, folded in the same run.
+    will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it. `beside` are other
+    statistics, of these or other tensors, folded in the same run.
     Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
     holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
     settings = _settings(how, spec)
     running = {name: ranges.make(how.ranges, **settings) for name in wanted}
-    fold(graph, {**running, **(beside or {})}, data, how, options, progress)
+    extra = {name: _Both(running[name], found) if name in running else found for name, found in (beside or {}).items()}
+    fold(graph, {**running, **extra}, data, how, options, progress)
     return {name: found.result() for name, found in running.items()}
 
 
@@ -68,6 +81,41 @@ def fold(graph: Graph, running: Mapping[str, Statistic], data: Dataset, how: Cal
                 progress(rows)
     if rows == 0:
         raise DataError(f"{data.name} gave no rows to calibrate on; check that it isn't empty")
+
+
+def compare(graphs: Sequence[Graph], pairs: Mapping[str, tuple[str, int, str]], data: Dataset, how: Calibration,
+            options: SessionOptions, progress: Progress | None = None,
+            beside: Mapping[str, Statistic] | None = None) -> dict[str, Comparison]:
+    """Key -> a computed tensor against its reference, over the data; both are dropped behind each batch.
+
+    `pairs` maps a key to (a tensor of the first graph, the reference; the index of a graph; a tensor of that one).
+    `beside` are statistics of tensors of the first graph, folded in the same run. Raises DataError as `observe` does.
+    """
+    inputs = {t.name for t in graphs[0].inputs}
+    wanted = [dict.fromkeys(there for _, k, there in pairs.values() if k == index) for index in range(len(graphs))]
+    references = (*(reference for reference, _, _ in pairs.values()), *(beside or {}))
+    wanted[0] |= dict.fromkeys(name for name in references if name not in inputs)
+    found = {key: Comparison() for key in pairs}
+    rows = 0
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        sessions = []
+        for index, graph in enumerate(graphs):
+            path = Path(folder) / f"{index}.onnx"
+            save(graph, path, extra_outputs=list(wanted[index]))
+            sessions.append(Session(path, options))
+        for batch in data.batches(how.batch, how.samples):
+            made = [session.run(batch.feed, list(names)) for session, names in zip(sessions, wanted, strict=True)]
+            made[0] = {**batch.feed, **made[0]}
+            for name, statistic in (beside or {}).items():
+                _fold(statistic, made[0][name], name, batch)
+            for key, (reference, index, name) in pairs.items():
+                found[key].update(made[0][reference], made[index][name])
+            rows += batch.rows
+            if progress is not None:
+                progress(rows)
+    if rows == 0:
+        raise DataError(f"{data.name} gave no rows to compare on; check that it isn't empty")
+    return found
 
 
 def _settings(how: Calibration, spec: TensorSpec | None) -> dict[str, Any]:
