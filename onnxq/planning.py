@@ -102,7 +102,7 @@ class Planning:
         with self.stage("rank"):
             self._start(self.recipe.calibration.samples, alone.runs(len(layers)))
             return alone.errors(self.graph, plan, layers, self.calib, self.recipe.calibration, self.options,
-                                self.progress.step)
+                                self.progress.step).alone
 
     def _without_dropped(self, plan: Plan) -> Plan:
         plan.dropped = tuple(sorted(self.dropped))

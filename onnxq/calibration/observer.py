@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from onnxq.recipe import Calibration, TensorSpec
 from onnxq.runtime.session import Session, SessionOptions
 
 Progress = Callable[[int], None]
+Key = TypeVar("Key")
 
 
 class Statistic(Protocol):
@@ -83,9 +84,9 @@ def fold(graph: Graph, running: Mapping[str, Statistic], data: Dataset, how: Cal
         raise DataError(f"{data.name} gave no rows to calibrate on; check that it isn't empty")
 
 
-def compare(graphs: Sequence[Graph], pairs: Mapping[str, tuple[str, int, str]], data: Dataset, how: Calibration,
+def compare(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], data: Dataset, how: Calibration,
             options: SessionOptions, progress: Progress | None = None,
-            beside: Mapping[str, Statistic] | None = None) -> dict[str, Comparison]:
+            beside: Mapping[str, Sequence[Statistic]] | None = None) -> dict[Key, Comparison]:
     """Key -> a computed tensor against its reference, over the data; both are dropped behind each batch.
 
     `pairs` maps a key to (a tensor of the first graph, the reference; the index of a graph; a tensor of that one).
@@ -106,8 +107,9 @@ def compare(graphs: Sequence[Graph], pairs: Mapping[str, tuple[str, int, str]], 
         for batch in data.batches(how.batch, how.samples):
             made = [session.run(batch.feed, list(names)) for session, names in zip(sessions, wanted, strict=True)]
             made[0] = {**batch.feed, **made[0]}
-            for name, statistic in (beside or {}).items():
-                _fold(statistic, made[0][name], name, batch)
+            for name, statistics in (beside or {}).items():
+                for statistic in statistics:
+                    _fold(statistic, made[0][name], name, batch)
             for key, (reference, index, name) in pairs.items():
                 found[key].update(made[0][reference], made[index][name])
             rows += batch.rows

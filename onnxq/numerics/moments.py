@@ -1,4 +1,4 @@
-"""The shape of a tensor's distribution, folded in batch by batch in constant memory."""
+"""The shape of a tensor's distribution, and what lies outside of a range, batch by batch in constant memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.numerics.extremes import MinMax
+from onnxq.numerics.extremes import NAN, MinMax
 
 # Values worked on in float64 at a time: their temporaries (2 MB each) stay in the cache.
 CHUNK = 1 << 18
@@ -84,6 +84,28 @@ class Moments:
             + 4 * d * (a * b3 - b * a3) / n)
         self.mean += d * b / n
         self.count = n
+
+
+class Outside:
+    """How many of the values seen lie below `low` or above `high`; infinities count, NaN raises ValueError."""
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.count = 0
+        self.outside = 0
+
+    @property
+    def share(self) -> float:
+        """The share of all values, from 0 to 1; 0.0 before there is any."""
+        return self.outside / self.count if self.count else 0.0
+
+    def update(self, x: npt.NDArray[Any]) -> None:
+        """Fold in a batch of any shape; ValueError when it holds NaN."""
+        x = np.asarray(x)
+        if x.size and np.isnan(x.min()):
+            raise ValueError(NAN)
+        self.count += x.size
+        self.outside += int(np.count_nonzero(x < self.low) + np.count_nonzero(x > self.high))
 
 
 def _moments(values: npt.NDArray[np.float64]) -> tuple[int, float, tuple[float, float, float]]:

@@ -8,12 +8,16 @@ its own: codes of what it reads, of its weights, and of its result where that is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import numpy as np
 
 from onnxq.calibration import observer
+from onnxq.calibration.observer import Statistic
 from onnxq.calibration.readers import Dataset
-from onnxq.graph import Graph, Node, Tensor
+from onnxq.graph import Graph, Node, Tensor, dtype_of
 from onnxq.numerics.comparison import Comparison
 from onnxq.passes.manager import Context, PassManager
 from onnxq.passes.quantize import quantize
@@ -23,13 +27,29 @@ from onnxq.planner.sensitivity import Layer
 from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
 
-GROUP = 32  # layers whose results of one batch are in memory together
+GROUP = 16  # layers whose results of one batch are in memory together
+_ALONE, _ALL, _OUTPUT = "alone", "accumulated", "output"
+
+
+@dataclass
+class Errors:
+    """Node -> its result against float's: `alone` with nothing else quantized, `accumulated` with everything, if that
+    was asked for; `outputs` likewise with everything, by the name of a graph output."""
+
+    alone: dict[str, Comparison] = field(default_factory=dict)
+    accumulated: dict[str, Comparison] = field(default_factory=dict)
+    outputs: dict[str, Comparison] = field(default_factory=dict)
 
 
 def errors(graph: Graph, plan: Plan, layers: Sequence[Layer], data: Dataset, how: Calibration, options: SessionOptions,
-           progress: Callable[[int], None] | None = None) -> dict[str, Comparison]:
-    """Node -> its result with it alone quantized, against float's. `progress` gets the rows done in all `runs`."""
-    found: dict[str, Comparison] = {}
+           progress: Callable[[int], None] | None = None, twin: Graph | None = None,
+           beside: Mapping[str, Sequence[Statistic]] = MappingProxyType({})) -> Errors:
+    """Compare the layers, a GROUP in each streamed run. `progress` gets the rows done in all `runs`.
+
+    `twin` is the whole model quantized, for the accumulated error; `beside` are statistics of what layers read, all
+    folded in once.
+    """
+    found, left = Errors(), dict(beside)
     before = done = 0
 
     def step(rows: int) -> None:
@@ -40,8 +60,15 @@ def errors(graph: Graph, plan: Plan, layers: Sequence[Layer], data: Dataset, how
 
     for start in range(0, len(layers), GROUP):
         group = layers[start:start + GROUP]
-        pairs = {layer.node: (layer.makes, 0, shadow_of(layer.makes)) for layer in group}
-        found |= observer.compare([shadow(graph, plan, group)], pairs, data, how, options, step)
+        pairs = {(_ALONE, n.node): (n.makes, 0, shadow_of(n.makes)) for n in group}
+        if twin is not None:
+            pairs |= {(_ALL, n.node): (n.makes, 1, n.makes) for n in group}
+        if twin is not None and start == 0:
+            pairs |= {(_OUTPUT, t.name): (t.name, 1, t.name) for t in graph.outputs if dtype_of(t) == np.float32}
+        graphs = [shadow(graph, plan, group), *([twin] if twin is not None else [])]
+        statistics = {n.reads: left.pop(n.reads) for n in group if n.reads in left}
+        for (kind, name), comparison in observer.compare(graphs, pairs, data, how, options, step, statistics).items():
+            {_ALONE: found.alone, _ALL: found.accumulated, _OUTPUT: found.outputs}[kind][name] = comparison
         before = done
     return found
 

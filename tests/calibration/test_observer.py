@@ -211,7 +211,7 @@ def test_tensors_are_compared_within_a_graph_and_across(opened: Opener) -> None:
                        {"v": rounded})
     feeds, graphs, moments, steps = rows(5), [opened(both), opened(other)], Moments(), list[int]()
     found = observer.compare(graphs, {"inside": ("m", 0, "k"), "across": ("y", 1, "y"), "input": ("x", 0, "x")},
-                             open_data(feeds, graphs[0].ports()), ALL, OPTIONS, steps.append, {"x": moments})
+                             open_data(feeds, graphs[0].ports()), ALL, OPTIONS, steps.append, {"x": [moments]})
     x = np.concatenate([f["x"] for f in feeds])
     a, b = x @ W, x @ rounded
     assert found["inside"].sqnr_db == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
@@ -227,7 +227,7 @@ def test_comparing_refuses_nan_where_statistics_are_asked_and_data_without_rows(
     graph = opened(model())
     nan = open_data([{"x": np.full((1, 8), np.nan, np.float32)}], graph.ports())
     with pytest.raises(DataError, match="input 'x' holds NaN in row 0"):
-        observer.compare([graph], {}, nan, ALL, OPTIONS, beside={"x": Moments()})
+        observer.compare([graph], {}, nan, ALL, OPTIONS, beside={"x": [Moments()]})
     with pytest.raises(DataError, match="at least one"):
         observer.compare([graph], {"m": ("m", 0, "r")}, open_data(lambda: iter(()), graph.ports()), ALL, OPTIONS)
 
@@ -237,3 +237,25 @@ def test_statistics_of_a_tensor_whose_range_is_asked_for_too(opened: Opener) -> 
     found = observer.observe(graph, ["m"], open_data(rows(5), graph.ports()), ALL, OPTIONS, beside={"m": moments})
     assert found["m"] == moments.extremes.result()
     assert moments.count == 40
+
+
+def test_comparing_takes_the_memory_of_one_batch(opened: Opener) -> None:
+    graph = opened(make_model([node("Exp", "x", "m"), node("Abs", "x", "k"), node("ReduceMax", "m", "y")],
+                              {"x": ["N", 1 << 19]}, {"y": None}))
+
+    def peak(batches: int) -> int:
+        def feeds() -> Iterator[Feed]:
+            for k in range(batches):
+                yield {"x": np.full((1, 1 << 19), k / batches, np.float32)}
+
+        tracemalloc.start()
+        try:
+            observer.compare([graph, graph], {"a": ("m", 0, "k"), "b": ("m", 1, "m")},
+                             open_data(feeds, graph.ports()), ALL, OPTIONS, beside={"x": [Moments()]})
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    short, long = peak(4), peak(40)
+    assert short > 4 << 20
+    assert long < short + (2 << 20)

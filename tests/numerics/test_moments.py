@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxq.numerics import moments
-from onnxq.numerics.moments import Moments
+from onnxq.numerics.moments import Moments, Outside
 
 no_deadline = settings(deadline=None)
 VALUES = st.floats(-1e4, 1e4, width=32)
@@ -129,3 +129,24 @@ def test_a_batch_stays_as_it_was():
     batch = np.arange(6.0).reshape(2, 3)
     fed(batch, batch.T)
     np.testing.assert_array_equal(batch, np.arange(6.0).reshape(2, 3))
+
+
+@no_deadline
+@given(BATCHES, VALUES, VALUES)
+def test_outside_counts_what_lies_beyond_either_bound(batches, one, other):
+    found = Outside(min(one, other), max(one, other))
+    for batch in batches:
+        found.update(batch)
+    values = [float(v) for batch in batches for v in batch.ravel()]
+    assert found.count == len(values)
+    assert found.outside == sum(v < found.low or v > found.high for v in values)
+    assert found.share == (found.outside / len(values) if values else 0.0)
+
+
+def test_outside_counts_infinities_and_refuses_nan():
+    found = Outside(-1.0, 1.0)
+    found.update(np.float32([-np.inf, np.inf, 0.0, 1.0]))
+    assert (found.count, found.outside, found.share) == (4, 2, 0.5)
+    with pytest.raises(ValueError, match="NaN"):
+        found.update(np.float32([np.nan]))
+    assert found.count == 4

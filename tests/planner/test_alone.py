@@ -42,7 +42,7 @@ def errors(made: Made, group: int, monkeypatch: pytest.MonkeyPatch, steps: list[
     monkeypatch.setattr(alone, "GROUP", group)
     layers = sensitivity.layers(made.plan.nodes, graph)
     return alone.errors(graph, made.plan, layers, open_data(made.feeds, graph.ports()), ALL, ONE_THREAD,
-                        steps.append if steps is not None else None)
+                        steps.append if steps is not None else None).alone
 
 
 def quantized_alone(folder: Path, name: str, scheme: str, others: Sequence[str]) -> tuple[Made, Comparison]:
