@@ -38,7 +38,7 @@ class Planning:
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.hiding: Masks | None = None
-        self.used_data = False
+        self.used_data = self.seen_masks = False
         self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
         self.floors = False  # whether floors under masked scores pay
         self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
@@ -48,20 +48,23 @@ class Planning:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
         if self.sensitive is None:
             self.sensitive = self._rank()
-        with self.stage("plan"):
-            found = outline(self.graph, self.recipe, self.target, measured, self.sensitive)
+        found = self._outlined(measured)
         self._observe(found)
         return self._finished(found)
 
+    def _outlined(self, measured: Measured = NOTHING) -> Outline:
+        with self.stage("plan"):
+            self.hiding = self.hiding or masks.find(self.graph)
+            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {})
+
     def _observe(self, found: Outline, moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
         """One run over the data for what is not known yet, with `moments` of tensors besides."""
-        with self.stage("plan"):
-            first, self.hiding = self.hiding is None, self.hiding or masks.find(self.graph)
+        assert self.hiding is not None
         unknown = [name for name in found.ranges_of if name not in self.ranges]
-        beside = {**(self.hiding.statistics if first else {}), **moments}
+        beside = {**({} if self.seen_masks else self.hiding.statistics), **moments}
         if self.calib is not None and (unknown or beside):
             with self.stage("calibrate"):
-                self.used_data = True
+                self.used_data = self.seen_masks = True
                 self._start(self.recipe.calibration.samples)
                 self.ranges |= observer.observe(
                     self.hiding.graph, unknown, self.calib, self.recipe.calibration, self.options, self.progress.step,
@@ -83,8 +86,8 @@ class Planning:
             return kept
         with self.stage("plan"):
             whole = outline(self.graph, replace(self.recipe, fallback=Fallback()), self.target)
-            found = outline(self.graph, self.recipe, self.target)
-            layers, every = (sensitivity.layers(o.nodes, self.graph) for o in (found, whole))
+        found = self._outlined()
+        layers, every = (sensitivity.layers(o.nodes, self.graph) for o in (found, whole))
         if asked.level and self.calib is not None:
             moments = {layer.reads: Moments() for layer in layers} if asked.rank != SQNR else {}
             self._observe(found, moments)
