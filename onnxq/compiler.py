@@ -47,7 +47,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, eval: Any = None, metric: str | None = None,
             max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
-            keep_float: Sequence[str] = (), force: bool = False, measure: bool = True,
+            keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
             objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
             dump: str | Path | None = None, dump_after: str | None = None,
@@ -61,14 +61,15 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     the same Plan on the same model gives the same bytes, without data, on any machine. Nodes run in integers where the
     target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
     `objective` balanced, latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or
-    integers. `measure` False takes the target's tables instead. Raises UsageError for a wrong
-    call and the other OnnxqErrors for unusable input.
+    integers. `measure` False takes the target's tables instead. `fallback` is how many layers stay float, those that
+    calibration finds the most sensitive. Raises UsageError for a wrong call and the other OnnxqErrors for unusable
+    input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if saved is not None and scheme == AUTO and recipe is None:
         scheme = saved.scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
-                     metric=metric, max_drop=max_drop, keep_float=keep_float)
+                     metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback)
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
@@ -223,7 +224,7 @@ class _Compilation:
         if not able:
             notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
                            "each node's reason is in the report")
-        notices += self.planning.faults
+        notices += self.planning.notices
         notices += [said for said in (smoothing.notice(plan), masks.notice(plan)) if said is not None]
         if not self.recipe.scheme.is_dynamic:
             return

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import MappingProxyType
 
 from onnxq.calibration import observer
-from onnxq.calibration.observer import AUTO, Statistic
+from onnxq.calibration.observer import AUTO
 from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph
+from onnxq.numerics.comparison import Comparison
+from onnxq.numerics.moments import Moments
 from onnxq.passes.manager import Context, PassManager
 from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.planner import correction, masks, ranging, rounding, smoothing
+from onnxq.planner import alone, correction, masks, ranging, rounding, sensitivity, smoothing
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, Outline, outline
 from onnxq.planner.readers import groups
 from onnxq.planner.replay import check_smoothings, replayed
 from onnxq.planner.scales import finish
+from onnxq.planner.sensitivity import Layer
 from onnxq.planner.smoothing import Searching, Smoothed
 from onnxq.progress import Progress
-from onnxq.recipe import Recipe
+from onnxq.recipe import SQNR, Fallback, Recipe
 from onnxq.runtime.session import SessionOptions
 from onnxq.targets import Target
 
@@ -41,22 +46,29 @@ class Planning:
         self.ranges: dict[str, tuple[float, float]] = {}
         self.methods: dict[str, str] = {}  # of ranges that were chosen among several, by tensor
         self.smoothed: dict[str, Smoothed] | None = None
-        self.faults: list[str] = []
         self.hiding: Masks | None = None
-        self.used_data = False
+        self.used_data = self.seen_masks = False
         self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
         self.floors = False  # whether floors under masked scores pay
+        self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
+        self.notices: list[str] = []
 
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
-        with self.stage("plan"):
-            found = outline(self.graph, self.recipe, self.target, measured)
         if self.smoothed is None:
-            self._smooth(found)
-            if self.smoothed:
-                found = outline(self.graph, self.recipe, self.target, measured)
-        first, self.hiding = self.hiding is None, self.hiding or masks.find(self.graph)
-        self._calibrate(found, self.hiding.statistics if first else {})
+            self._smooth(self._outlined())
+        if self.sensitive is None:
+            self.sensitive = self._rank()
+        found = self._outlined(measured)
+        self._observe(found)
+        return self._finished(found)
+
+    def _outlined(self, measured: Measured = NOTHING) -> Outline:
+        with self.stage("plan"):
+            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {})
+
+    def _finished(self, found: Outline) -> Plan:
+        assert self.hiding is not None
         with self.stage("scales"):
             plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
         smoothing.use(plan, self.smoothed or {})
@@ -99,7 +111,7 @@ class Planning:
         if smoothing.same(self.base, graph, next(self.calib.batches(1)).feed, self.options):
             self.smoothed, self.graph = smoothed, graph
         else:
-            self.faults.append("channels of layers' inputs are not scaled: the rewritten float model computes "
+            self.notices.append("channels of layers' inputs are not scaled: the rewritten float model computes "
                                "something else; please report this")
 
     def _by(self) -> Searching:
@@ -107,22 +119,53 @@ class Planning:
         return Searching(self.recipe.scheme, self.target, self.recipe.outliers, self.calib, self.recipe.calibration,
                          self.options, self.progress.step)
 
-    def _calibrate(self, found: Outline, beside: Mapping[str, Statistic]) -> None:
+    def _observe(self, found: Outline, moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
+        """Find the ranges that are not known yet, with `moments` of tensors in the same run over the data."""
+        self.hiding = self.hiding or masks.find(self.graph)
         unknown = [name for name in found.ranges_of if name not in self.ranges]
+        beside = {**({} if self.seen_masks else self.hiding.statistics), **moments}
         if self.calib is None or not (unknown or beside):
             return
-        assert self.hiding is not None
-        how, spec = self.recipe.calibration, self.recipe.scheme.activations
+        how = self.recipe.calibration
         with self.stage("calibrate"):
-            self.used_data = True
+            self.used_data = self.seen_masks = True
             self._start(how.samples)
             read = [g for g in groups(self.graph, found.nodes) if g.name in unknown] if how.ranges == AUTO else []
             chosen = {g.name for g in read}
-            running = observer.make([name for name in unknown if name not in chosen], how, spec)
+            running = observer.make([name for name in unknown if name not in chosen], how,
+                                    self.recipe.scheme.activations)
             for name, (bounds, method) in ranging.choose(self.hiding.graph, read, self._by(),
-                                                         {**running, **beside}).items():
+                                                         [running, beside]).items():
                 self.ranges[name], self.methods[name] = bounds, method
             self.ranges |= {name: one.result() for name, one in running.items()}
+
+    def _rank(self) -> dict[str, str]:
+        """Node -> why it stays float: the layers that are the most sensitive, as many as the recipe says."""
+        asked, kept = self.recipe.fallback, dict[str, str]()
+        if self.recipe.scheme.is_float or not (asked.level or asked.keep_float):
+            return kept
+        with self.stage("plan"):
+            whole = outline(self.graph, replace(self.recipe, fallback=Fallback()), self.target)
+        found = self._outlined()
+        layers, every = (sensitivity.layers(o.nodes, self.graph) for o in (found, whole))
+        if asked.level and self.calib is not None:
+            moments = {layer.reads: Moments() for layer in layers} if asked.rank != SQNR else {}
+            self._observe(found, moments)
+            errors = self._alone(found, layers) if asked.rank == SQNR else {}
+            kept = sensitivity.most_sensitive(sensitivity.figures(asked.rank, layers, moments, errors), asked.rank,
+                                              asked.level)
+        named = {layer.node for layer in every} - {layer.node for layer in layers}
+        self.notices += sensitivity.notices(asked.level, named | kept.keys(), len(layers), len(every))
+        return kept
+
+    def _alone(self, found: Outline, layers: Sequence[Layer]) -> dict[str, Comparison]:
+        assert self.calib is not None
+        plan = self._finished(found)
+        self.correct(plan)
+        with self.stage("rank"):
+            self._start(self.recipe.calibration.samples, alone.runs(len(layers)))
+            return alone.errors(self.graph, plan, layers, self.calib, self.recipe.calibration, self.options,
+                                self.progress.step).alone
 
     def _without_dropped(self, plan: Plan) -> Plan:
         plan.dropped = tuple(sorted(self.dropped))
@@ -148,7 +191,7 @@ class Planning:
                 plan.bias_shifts = correction.mean_errors(self.graph, plan, self.calib, self.recipe.calibration,
                                                           self.options, self.progress.step)
 
-    def _start(self, samples: int | None) -> None:
+    def _start(self, samples: int | None, runs: int = 1) -> None:
         assert self.calib is not None
         known = [n for n in (self.calib.rows, samples) if n is not None]
-        self.progress.total(min(known) if known else None)
+        self.progress.total(min(known) * runs if known else None)

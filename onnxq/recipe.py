@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import yaml
 from onnxq.errors import RecipeError, UsageError
 
 VERSION = 1
+SQNR = "sqnr"
+RANKS = ("range_parm", "kurtosis", SQNR)  # what layers are ranked by
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,24 @@ class Outliers:
 
 @dataclass(frozen=True)
 class Fallback:
-    """Globs of nodes that stay float."""
+    """Nodes that stay float.
+
+    keep_float: globs of their names. level: how many layers stay float besides, those that are the most sensitive by
+    `rank`: range_parm (the greatest magnitude of what a layer reads / its standard deviation), kurtosis (of the same)
+    or sqnr (the least of what a layer makes when it alone is quantized). Read, but never printed: `disable_names` for
+    keep_float and `disable_level: L10` for level 10.
+    """
 
     keep_float: tuple[str, ...] = ()
+    level: int = 0
+    rank: str = RANKS[0]
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        if self.level < 0:
+            raise RecipeError(f"fallback.level: {self.level} layers can't stay float; give 0 or more")
+        if self.rank not in RANKS:
+            raise RecipeError(f"fallback.rank: {self.rank!r} is not known; use {', '.join(RANKS)}")
 
 
 @dataclass(frozen=True)
@@ -280,6 +298,8 @@ def parse(text: str) -> Recipe:
             data["scheme"] = scheme(chosen)
         except UsageError as e:
             raise RecipeError(f"scheme: {e}") from None
+    if isinstance(data.get("fallback"), dict):
+        data["fallback"] = _fallback(data["fallback"])
     recipe: Recipe = _build(Recipe, data, "")
     for k, rule in enumerate(recipe.rules):
         if rule.scheme not in (FLOAT.name, recipe.scheme.name):
@@ -288,10 +308,30 @@ def parse(text: str) -> Recipe:
     return recipe
 
 
+def _fallback(given: dict[Any, Any]) -> dict[Any, Any]:
+    """`fallback:` with other tools' names of its keys replaced by ours. Raises RecipeError for a key given twice."""
+    found = dict(given)
+    for other, key in (("disable_names", "keep_float"), ("disable_level", "level")):
+        if other not in found:
+            continue
+        if key in found:
+            raise RecipeError(f"fallback.{other}: another name of {key}, which is given, too; keep one")
+        found[key] = found.pop(other)
+        if key == "level" and isinstance(found[key], str):
+            if not re.fullmatch(r"L?[0-9]+", found[key]):
+                raise RecipeError(f"fallback.{other}: {found[key]!r} is no level; write L10 or 10 for ten layers")
+            found[key] = int(found[key].removeprefix("L"))
+    return found
+
+
 def matches(glob: str, names: typing.Iterable[str]) -> bool:
-    """Whether any name fits the glob; '.' and '/' are alike, `{a,b}` offers alternatives, case counts."""
+    """Whether any name fits the glob; '.' and '/' are alike, `{a,b}` offers alternatives, case counts.
+
+    A name fits itself, whatever brackets are in it.
+    """
     patterns = [p.replace(".", "/") for p in expand_braces(glob)]
-    return any(fnmatchcase(name.replace(".", "/"), pattern) for name in names for pattern in patterns)
+    return any(name == glob or any(fnmatchcase(name.replace(".", "/"), pattern) for pattern in patterns)
+               for name in names)
 
 
 def expand_braces(glob: str) -> list[str]:

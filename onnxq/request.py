@@ -15,7 +15,7 @@ from onnxq.passes.lower import lower
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.plan import Plan
-from onnxq.recipe import BudgetSpec, Fallback, Recipe, read, scheme_names
+from onnxq.recipe import BudgetSpec, Recipe, read, scheme_names
 from onnxq.recipe import scheme as named_scheme
 from onnxq.runtime.session import SessionOptions
 from onnxq.targets import Target
@@ -56,7 +56,8 @@ class Request:
 
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
             samples: int | None = None, batch: int | None = None, ranges: str | None = None,
-            metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = ()) -> Recipe:
+            metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
+            fallback: int | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. Raises UsageError and RecipeError.
@@ -76,7 +77,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
     return replace(chosen, calibration=calibration,
-                   fallback=Fallback((*chosen.fallback.keep_float, *keep_float)),
+                   fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
+                                    level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
 
 
@@ -95,6 +97,9 @@ def check(request: Request, force: bool) -> None:
     if static and request.calib is None and request.plan is None:
         dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
         raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
+    level = request.recipe.fallback.level
+    if level and not chosen.is_float and request.calib is None and request.plan is None:
+        raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")
     if request.dump_after is not None and request.dump is None:
         raise UsageError("--dump-after names a pass, but no folder to write its graph to; give --dump DIR")
     if request.dump_after is not None and request.dump_after not in _pass_names(request.format):

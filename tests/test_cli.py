@@ -22,20 +22,30 @@ from onnxq.runtime.race import KernelTime
 from onnxq.runtime.timings import TimingCache, default_folder
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "verify", "bench", "inspect", "explain", "schemes", "cache")
-FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "verify": ("onnxq.verifier", "verify"),
+COMMANDS = ("compile", "analyze", "verify", "bench", "inspect", "explain", "schemes", "cache")
+FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
+             "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
     "ranges": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
-    "force": False, "measure": True, "objective": "balanced", "shapes": {},
+    "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
     "save_plan": None, "plan": None, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
+ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
+                    "target": "cpu", "threads": 0}
 BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
 BENCHED = {"model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9, "high": 2.1,
            "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
            "peak_memory_bytes": {"a": 2_000_000, "b": 1_000_000}, "environment": {}}
+
+
+ANALYZED = {"model": "m.onnx", "scheme": "w8a8", "target": "cpu", "data": "c.npz", "rows": 8, "outputs": {"y": 30.0},
+            "notices": ["by the way"], "layers": [
+                {"name": name, "op": "Conv", "kernel": "QLinearConv", "reads": "x", "makes": "y", "sqnr_db": db,
+                 "accumulated_db": 20.0, "range_parm": 4.0, "kurtosis": db, "clipped": 0.0, "low": -1.0, "high": 1.0,
+                 "scale": 0.01, "zero_point": 128} for name, db in (("a", 30.0), ("b", 20.0), ("c", 40.0))]}
 
 
 class Result:
@@ -109,6 +119,8 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--format", "qdq"], {"format": "qdq"}),
     (["--ranges", "mse"], {"ranges": "mse"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
+    (["--fallback", "3"], {"fallback": 3}),
+    (["--fallback", "0"], {"fallback": 0}),
     (["--no-measure"], {"measure": False}),
     (["--save-plan", "p"], {"save_plan": "p"}),
     (["--objective", "size"], {"objective": "size"}),
@@ -145,6 +157,53 @@ def test_verify_options(onnxq, replace, options, wanted):
     assert given == VERIFY_DEFAULTS | wanted
 
 
+@pytest.mark.parametrize(("options", "wanted"), [
+    ([], {}),
+    (["--scheme", "w8a8-dynamic"], {"scheme": "w8a8-dynamic"}),
+    (["--recipe", "r.yaml"], {"recipe": "r.yaml"}),
+    (["--samples", "7", "--batch", "2", "--ranges", "mse"], {"samples": 7, "batch": 2, "ranges": "mse"}),
+    (["--target", "cpu", "--threads", "2"], {"threads": 2}),
+    (["--sort", "kurtosis", "--top", "1", "-q"], {}),
+])
+def test_analyze_options(onnxq, replace, options, wanted):
+    calls = replace("analyze", ANALYZED)
+    assert onnxq("analyze", "m.onnx", "--calib", "c.npz", *options).status == 0
+    [(args, given)] = calls
+    assert args == ("m.onnx",)
+    del given["progress"]
+    assert given == ANALYZE_DEFAULTS | wanted
+
+
+def test_analyze_prints_the_worst_first(onnxq, replace):
+    replace("analyze", ANALYZED)
+    result = onnxq("analyze", "m.onnx", "--calib", "c.npz", "--top", "2")
+    assert [line.split()[0] for line in result.out.splitlines()[3:6]] == ["b", "a", "+1"]
+    assert result.err == "Note: by the way\n"
+    result = onnxq("analyze", "m.onnx", "--calib", "c.npz", "--sort", "kurtosis")
+    assert [line.split()[0] for line in result.out.splitlines()[3:6]] == ["c", "a", "b"]
+    assert (onnxq("analyze", "m.onnx", "--calib", "c.npz", "-q").out) == ""
+
+
+def test_analyze_writes_json_and_a_plot(onnxq, replace, tmp_path):
+    replace("analyze", ANALYZED)
+    files = tmp_path / "a.json", tmp_path / "a.svg"
+    result = onnxq("analyze", "m.onnx", "--calib", "c.npz", "--json", str(files[0]), "--plot", str(files[1]))
+    assert json.loads(files[0].read_text()) == ANALYZED
+    assert files[1].read_text().startswith("<svg")
+    assert result.out.splitlines()[-1] == f"wrote {files[0]} and {files[1]}"
+    result = onnxq("analyze", "m.onnx", "--calib", "c.npz", "--json")
+    assert json.loads(result.out) == ANALYZED
+
+
+@pytest.mark.parametrize("options", [["--json", "no/where.json"], ["--plot", "no/where.svg"], ["--json", "."]])
+def test_analyze_refuses_files_that_cannot_be_before_the_work(onnxq, replace, options):
+    calls = replace("analyze", ANALYZED)
+    result = onnxq("analyze", "m.onnx", "--calib", "c.npz", *options)
+    assert result.status == 3
+    assert f"name another file for {options[0]}" in result.err
+    assert calls == []
+
+
 @pytest.mark.parametrize(("options", "other", "wanted"), [
     ([], None, {}),
     (["b.onnx"], "b.onnx", {}),
@@ -168,7 +227,8 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                    "--max-drop", "1%", "--keep-float", "x*", "--threads", "3")
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
-                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",)})]
+                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
+                           "fallback": None})]
     assert compiled == []
 
 
@@ -260,17 +320,21 @@ def test_interrupted_after_the_model_was_written(onnxq, replace, monkeypatch, tm
     *[(["bench", "a.onnx", "--shape", text], "--shape batch=8")
       for text in ("batch", "=8", "batch=", "batch=0", "batch=-1", "batch=x", "batch=8.5", "batch=²")],
     (["bench", "a.onnx", "--shape", "batch=8", "--shape", "batch=9"], "twice"),
+    (["analyze", "m.onnx"], "--calib"),
+    (["analyze", "m.onnx", "--calib", "c.npz", "--sort", "size"], "range_parm"),
+    (["analyze", "m.onnx", "--calib", "c.npz", "--top", "0"], "--top"),
+    (["analyze", "m.onnx", "--calib", "c.npz", "--scheme", "w8a8", "--recipe", "r.yaml"], "exclude each other"),
     (["cache", "--older-than", "3"], "--clear"),
     (["cache", "--clear", "--older-than", "-1"], "--older-than"),
     (["cache", "--clear", "--kernels"], "exclude each other"),
 ])
 def test_wrong_usage_is_2(onnxq, replace, args, remedy):
-    calls = [replace(name, report()) for name in ("compile", "verify", "bench")]
+    calls = [replace(name, report()) for name in ("compile", "analyze", "verify", "bench")]
     result = onnxq(*args)
     assert (result.status, result.out) == (2, "")
     assert remedy in result.err
     assert "Usage: onnxq" in result.err
-    assert calls == [[], [], []]
+    assert calls == [[], [], [], []]
 
 
 # ---------------------------------------------------------------- the real library, on what it refuses

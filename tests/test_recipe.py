@@ -101,6 +101,22 @@ def test_recipes_are_values() -> None:
         recipe.parse(FULL).version = 2  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(("given", "found"), [
+    ("{}", Fallback()),
+    ("{keep_float: [a], level: 10, rank: kurtosis}", Fallback(("a",), 10, "kurtosis")),
+    ("{disable_names: [a, 'b*'], disable_level: L10}", Fallback(("a", "b*"), 10)),
+    ("{disable_level: L0}", Fallback()),
+    ("{disable_level: 3}", Fallback(level=3)),
+    ("{disable_level: '3'}", Fallback(level=3)),
+])
+def test_other_names_of_fallback_are_read_and_not_printed(given: str, found: Fallback) -> None:
+    read = recipe.parse(f"scheme: w8a8\nfallback: {given}")
+    assert read.fallback == found
+    assert yaml.safe_load(read.to_yaml())["fallback"] == {
+        "keep_float": list(found.keep_float), "level": found.level, "rank": found.rank}
+    assert recipe.parse(read.to_yaml()) == read
+
+
 # ------------------------------------------------------------------ refused
 
 
@@ -128,6 +144,18 @@ def test_unknown_keys_are_refused_by_path(text: str, message: str) -> None:
     ("scheme: w8a8\ncalibration: 128", "calibration: a mapping is wanted, not 128"),
     ("scheme: w8a8\nfallback: {keep_float: '*a*'}", "fallback.keep_float: a list is wanted, not '*a*'"),
     ("scheme: w8a8\nfallback: {keep_float: [a, true]}", "fallback.keep_float[1]: str is wanted, not True"),
+    ("scheme: w8a8\nfallback: [a]", "fallback: a mapping is wanted, not ['a']"),
+    ("scheme: w8a8\nfallback: {level: L10}", "fallback.level: int is wanted, not 'L10'"),
+    ("scheme: w8a8\nfallback: {level: -1}", "fallback.level: -1 layers can't stay float; give 0 or more"),
+    ("scheme: w8a8\nfallback: {rank: mse}", "fallback.rank: 'mse' is not known; use range_parm, kurtosis, sqnr"),
+    ("scheme: w8a8\nfallback: {disable_level: ten}",
+     "fallback.disable_level: 'ten' is no level; write L10 or 10 for ten layers"),
+    ("scheme: w8a8\nfallback: {disable_level: L-1}", "fallback.disable_level: 'L-1' is no level"),
+    ("scheme: w8a8\nfallback: {level: 1, disable_level: L1}",
+     "fallback.disable_level: another name of level, which is given, too; keep one"),
+    ("scheme: w8a8\nfallback: {keep_float: [], disable_names: []}",
+     "fallback.disable_names: another name of keep_float, which is given, too; keep one"),
+    ("scheme: w8a8\nfallback: {disable_name: [a]}", "fallback.disable_name: there is no such key"),
     ("scheme: w8a8\nrules: {match: {op: Conv}}", "rules: a list is wanted, not {'match': {'op': 'Conv'}}"),
     ("scheme: w8a8\nrules: [Conv]", "rules[0]: a mapping is wanted, not 'Conv'"),
     ("scheme: w8a8\nrules: [{scheme: float}]", "rules[0].match: missing; add it"),
@@ -212,3 +240,8 @@ def test_scheme_names() -> None:
         recipe.scheme("w8a8-dynamics")
     with pytest.raises(UsageError, match=r"there is no scheme '\.\./w8a8'"):
         recipe.scheme("../w8a8")
+
+
+def test_a_name_fits_itself_whatever_brackets_are_in_it() -> None:
+    assert recipe.matches("layer[0]/{x}", ["layer[0]/{x}"])
+    assert not recipe.matches("layer[0]", ["layer[1]"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +15,14 @@ from onnxq.calibration.dataset import Batch, Dataset
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph, save
 from onnxq.numerics import ranges
+from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.padding import real_positions, without_padding
 from onnxq.recipe import Calibration, TensorSpec
 from onnxq.runtime.session import Session, SessionOptions
 
 Progress = Callable[[int], None]
+Key = TypeVar("Key")
 
 AUTO = "auto"  # of the ranges: chosen by layers' errors; on its own, a tensor has the one between its extremes
 
@@ -40,53 +43,88 @@ class Halves(Protocol):
         """For the even and for the odd rows."""
 
 
-def observe(graph: Graph, wanted: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions,
-            progress: Progress | None = None, spec: TensorSpec | None = None,
-            beside: Mapping[str, Statistic] | None = None) -> dict[str, tuple[float, float]]:
-    """Tensor name -> (min, max) over the data, always with 0 inside; infinities don't count.
-
-    The graph runs fully optimized with the wanted tensors as extra outputs; each batch is folded into the running
-    ranges and dropped, so memory is that of one batch. `progress` gets the rows done so far. `spec` is how the tensors
-    will be quantized (None: uint8, asymmetric); the ranges entropy and mse are searched for it. `beside` are statistics
-    of other tensors, folded in the same run.
-    Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
-    holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
-    """
-    running = make(wanted, how, spec)
-    fold(graph, {**running, **(beside or {})}, data, how, options, progress)
-    return {name: found.result() for name, found in running.items()}
-
-
 def make(wanted: Sequence[str], how: Calibration, spec: TensorSpec | None) -> dict[str, ranges.Range]:
-    """Tensor name -> a new range as the calibration wants it."""
+    """Tensor name -> a new range as the calibration wants it, always with 0 inside; infinities don't count.
+
+    `spec` is how the tensors will be quantized (None: uint8, asymmetric); entropy and mse are searched for it.
+    """
     method = "minmax" if how.ranges == AUTO else how.ranges
     return {name: ranges.make(method, **_settings(how, spec)) for name in wanted}
 
 
 def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset, how: Calibration,
-         options: SessionOptions, progress: Progress | None = None) -> None:
-    """Fold named tensors of a graph into running statistics, batch by batch; each batch is dropped behind it.
+         options: SessionOptions, progress: Progress | None = None,
+         beside: Sequence[Mapping[str, Statistic | Halves]] = ()) -> None:
+    """Fold named tensors of a graph into running statistics, and into those `beside`, batch by batch.
 
-    Positions that a fed attention_mask hides are left out of tensors [B, S, K].
-    Raises DataError as `observe` does.
+    The graph runs fully optimized with the tensors as extra outputs; each batch is dropped behind it, so memory is that
+    of one. `progress` gets the rows done so far. Positions that a fed attention_mask hides are left out of tensors
+    [B, S, K].
+    Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
+    holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
     inputs = {t.name for t in graph.inputs}
-    computed = [name for name in running if name not in inputs]
+    everything = [running, *beside]
+    computed = list(dict.fromkeys(name for some in everything for name in some if name not in inputs))
     rows = 0
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = Path(folder) / "calibrate.onnx"
         save(graph, path, extra_outputs=computed)
-        session = Session(path, options)
+        session = Session(path, _calm(options))
         for batch in data.batches(how.batch, how.samples):
             found = {**batch.feed, **session.run(batch.feed, computed)}
-            for name, statistic in running.items():  # in order: NaN is blamed on the first tensor that holds it
-                for part, values, real in _parts(statistic, found[name], batch):
-                    _fold(part, without_padding(values, real), name, batch)
+            for some in everything:  # in order: NaN is blamed on the first tensor that holds it
+                for name, statistic in some.items():
+                    for part, values, real in _parts(statistic, found[name], batch):
+                        _fold(part, without_padding(values, real), name, batch)
             rows += batch.rows
             if progress is not None:
                 progress(rows)
     if rows == 0:
         raise DataError(f"{data.name} gave no rows to calibrate on; check that it isn't empty")
+
+
+def compare(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], data: Dataset, how: Calibration,
+            options: SessionOptions, progress: Progress | None = None,
+            beside: Mapping[str, Sequence[Statistic]] | None = None) -> dict[Key, Comparison]:
+    """Key -> a computed tensor against its reference, over the data; both are dropped behind each batch.
+
+    `pairs` maps a key to (a tensor of the first graph, the reference; the index of a graph; a tensor of that one).
+    `beside` are statistics of tensors of the first graph, folded in the same run. Positions
+    that a fed attention_mask hides are left out of tensors [B, S, K]. Raises DataError as `fold` does.
+    """
+    inputs = {t.name for t in graphs[0].inputs}
+    wanted = [dict.fromkeys(there for _, k, there in pairs.values() if k == index) for index in range(len(graphs))]
+    references = (*(reference for reference, _, _ in pairs.values()), *(beside or {}))
+    wanted[0] |= dict.fromkeys(name for name in references if name not in inputs)
+    found = {key: Comparison() for key in pairs}
+    rows = 0
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        sessions = []
+        for index, graph in enumerate(graphs):
+            path = Path(folder) / f"{index}.onnx"
+            save(graph, path, extra_outputs=list(wanted[index]))
+            sessions.append(Session(path, _calm(options)))
+        for batch in data.batches(how.batch, how.samples):
+            made = [session.run(batch.feed, list(names)) for session, names in zip(sessions, wanted, strict=True)]
+            made[0] = {**batch.feed, **made[0]}
+            real = real_positions(batch.feed)
+            for name, statistics in (beside or {}).items():
+                for statistic in statistics:
+                    _fold(statistic, without_padding(made[0][name], real), name, batch)
+            for key, (reference, index, name) in pairs.items():
+                found[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
+            rows += batch.rows
+            if progress is not None:
+                progress(rows)
+    if rows == 0:
+        raise DataError(f"{data.name} gave no rows to compare on; check that it isn't empty")
+    return found
+
+
+def _calm(options: SessionOptions) -> SessionOptions:
+    """Without idle threads that spin: what folds the results computes on several threads, too."""
+    return replace(options, config=(*options.config, ("session.intra_op.allow_spinning", "0")))
 
 
 def _settings(how: Calibration, spec: TensorSpec | None) -> dict[str, Any]:

@@ -47,6 +47,9 @@ from onnxq.targets import TARGETS
                    "on the target.")
 @click.option("--keep-float", metavar="GLOB", multiple=True,
               help="Leave nodes float, by the name of the node, its weight, its output or its scope; may be repeated.")
+@click.option("--fallback", type=click.IntRange(min=0), metavar="N",
+              help="Leave the N layers float that are the most sensitive to int8, by the range_parm of what they read "
+                   "or the recipe's rank; needs --calib.  [default: 0, or the recipe's]")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
@@ -77,6 +80,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz -o small.onnx
       onnxq compile model.onnx --calib calib.npz --eval eval.npz --metric top1 --max-drop 0.5pt
       onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
+      onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
     """
@@ -88,7 +92,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
         raise click.UsageError("--dump-after needs --dump DIR, the folder to write to.")
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
-        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "metric", "max_drop", "keep_float")
+        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "metric", "max_drop", "keep_float",
+                 "fallback")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

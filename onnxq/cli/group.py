@@ -64,6 +64,7 @@ def cli() -> None:
     \b
     Examples:
       onnxq compile model.onnx --calib calib.npz
+      onnxq analyze model.onnx --calib calib.npz
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1
       onnxq bench model.onnx model.w8a8.onnx --threads 2
       onnxq schemes

@@ -50,11 +50,12 @@ class Comparison:
                 self._broken = True
                 return
             a, b = a[both_finite], b[both_finite]
-        self._signal += float(np.dot(a, a))
-        self._energy += float(np.dot(b, b))
-        self._dot += float(np.dot(a, b))
+        # not np.dot: BLAS would wake threads, which fight with those that the runtime leaves spinning
+        self._signal += float(np.einsum("i,i->", a, a))
+        self._energy += float(np.einsum("i,i->", b, b))
+        self._dot += float(np.einsum("i,i->", a, b))
         difference = a - b
-        self._noise += float(np.dot(difference, difference))
+        self._noise += float(np.einsum("i,i->", difference, difference))
         self._max_abs = max(self._max_abs, float(np.abs(difference, out=difference).max(initial=0.0)))
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
@@ -67,12 +68,14 @@ class Outline:
 _NOTHING = Measured()
 
 
-def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _NOTHING) -> Outline:
+def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _NOTHING,
+            sensitive: Mapping[str, str] = MappingProxyType({})) -> Outline:
     """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers).
 
-    `measured` names nodes that don't run as the tables say, because timing said otherwise.
+    `measured` names nodes that don't run as the tables say, because timing said otherwise; `sensitive` maps a node that
+    stays float, weights included, since int8 would cost too much accuracy there, to the reason.
     """
-    outliner = _Outliner(graph, recipe, target, measured)
+    outliner = _Outliner(graph, recipe, target, measured, sensitive)
     found = outliner.run()
     decided = {*outliner.kept, *measured.refused}
     if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
@@ -86,9 +89,10 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
 
 
 class _Outliner:
-    def __init__(self, graph: Graph, recipe: Recipe, target: Target, measured: Measured) -> None:
+    def __init__(self, graph: Graph, recipe: Recipe, target: Target, measured: Measured,
+                 sensitive: Mapping[str, str]) -> None:
         self.graph, self.recipe, self.target, self.measured = graph, recipe, target, measured
-        self.kept = verdicts(graph, recipe)
+        self.kept = {**sensitive, **verdicts(graph, recipe)}
         self.labels = composites.find(graph)
         self.barred = {*self.kept, *(n.name for _, body in graph.subgraphs() for n, _ in body.walk())}
         self.chains: dict[str, Chain] = {}

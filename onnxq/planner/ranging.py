@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -47,7 +47,7 @@ def methods(by: Searching) -> dict[str, Method]:
 
 
 def choose(graph: Graph, wanted: list[Group], by: Searching,
-           beside: Mapping[str, Statistic] | None = None) -> dict[str, tuple[Range, str]]:
+           beside: Sequence[Mapping[str, Statistic]] = ()) -> dict[str, tuple[Range, str]]:
     """Tensor -> (range, method): the method that causes the least squared error at its layers' results, on rows of the
     other half of the data than the range is taken from. `beside` is observed in the same run."""
     found: dict[str, tuple[Range, str]] = {}

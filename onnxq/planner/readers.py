@@ -137,7 +137,7 @@ class Halves:
 
 
 def sampled(graph: Graph, wanted: Sequence[Group], data: Dataset, how: Calibration, options: SessionOptions,
-            progress: Callable[[int], None] | None = None, beside: Mapping[str, Statistic] | None = None,
+            progress: Callable[[int], None] | None = None, beside: Sequence[Mapping[str, Statistic]] = (),
             histograms: bool = False) -> Iterator[tuple[Group, Halves]]:
     """Each group with what its layers read, in as many streamed runs as memory needs; `beside` is observed in the
     first of them."""
@@ -148,9 +148,9 @@ def sampled(graph: Graph, wanted: Sequence[Group], data: Dataset, how: Calibrati
         chunks[-1].append(group)
     for chunk in chunks:
         held = {g.name: Halves(g, histograms) for g in chunk}
-        if held or beside:
-            observer.fold(graph, {**held, **(beside or {})}, data, how, options, progress)
-        beside = None
+        if held or any(beside):
+            observer.fold(graph, held, data, how, options, progress, beside)
+        beside = ()
         for member in chunk:
             yield member, held.pop(member.name)
 

@@ -78,8 +78,8 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
     found: dict[str, Codes] = {}
     for chunk in _chunks(tasks):
         running = {key: _Halves(key[1], _decoder(plan, tasks[key][0], by)) for key in chunk}
-        several = {name: _Several([one for key, one in running.items() if key[0] == name]) for name, _ in chunk}
-        observer.fold(graph, several, by.data, by.how, by.options, by.progress)
+        observer.fold(graph, {}, by.data, by.how, by.options, by.progress,
+                      [{name: one} for (name, _), one in running.items()])
         for key in chunk:
             seen, unseen = (half.hessian for half in running[key].halves)
             for task in tasks[key]:
@@ -87,23 +87,6 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
                 if codes is not None:
                     found[task.node.inputs[1].name] = codes
     return found
-
-
-class _Several:
-    """Statistics of one tensor as one."""
-
-    def __init__(self, members: list[_Halves]) -> None:
-        first, second = ([one.halves[k] for one in members] for k in (0, 1))
-        self.halves = _All(first), _All(second)
-
-
-class _All:
-    def __init__(self, members: list[_Half]) -> None:
-        self.members = members
-
-    def update(self, x: npt.NDArray[np.float32]) -> None:
-        for one in self.members:
-            one.update(x)
 
 
 def _chunks(tasks: dict[tuple[str, View], list[_Task]]) -> list[list[tuple[str, View]]]:

@@ -45,8 +45,8 @@ pre { background: var(--card); border: 1px solid var(--rule); border-radius: .4r
 
 def render(report: Report) -> str:
     """The whole page as a string; it stays usable with thousands of nodes, which are grouped and folded."""
-    name = _text(PurePath(report.model).name)
-    heading = f"{_text(report.model)} &rarr; {_text(report.output or 'nothing written')}"
+    name = text(PurePath(report.model).name)
+    heading = f"{text(report.model)} &rarr; {text(report.output or 'nothing written')}"
     parts = (
         f"<header><h1>{name}</h1><p class=faint>{heading}</p></header>",
         f'<div class=cards>{_verdict(report)}{_size(report)}{_latency(report)}{_accuracy(report)}</div>',
@@ -54,10 +54,15 @@ def render(report: Report) -> str:
         _messages("Notices", report.verdict.notices, ""),
         _outputs(report), _semantic(report), _nodes(report), _layers(report), _stages(report),
         _environment(report.environment), _recipe(report.recipe))
-    # lone surrogates (a file name that is not UTF-8) can't be written as UTF-8; clean() leaves none
+    return page(name, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A page of these parts, empty ones left out; all of it is escaped already."""
+    # lone surrogates (a file name that is not UTF-8) can't be written as UTF-8; text() leaves none
     return ('<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>onnxq: {name}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+            f"<title>onnxq: {title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
             + "\n".join(part for part in parts if part) + "\n</body>\n</html>\n")
 
 
@@ -100,8 +105,8 @@ def _accuracy(report: Report) -> str:
 
 
 def _card(title: str, value: str, lines: Iterable[str], tone: str = "") -> str:
-    below = "".join(f"<span>{_text(line)}</span>" for line in lines if line)
-    return f'<div class=card><span>{title}</span><b class="{tone}">{_text(value)}</b>{below}</div>'
+    below = "".join(f"<span>{text(line)}</span>" for line in lines if line)
+    return f'<div class=card><span>{title}</span><b class="{tone}">{text(value)}</b>{below}</div>'
 
 
 # ------------------------------------------------------------------ sections
@@ -110,7 +115,7 @@ def _card(title: str, value: str, lines: Iterable[str], tone: str = "") -> str:
 def _messages(title: str, messages: Sequence[str], tone: str) -> str:
     if not messages:
         return ""
-    items = "".join(f'<li class="{tone}">{_text(message)}</li>' for message in messages)
+    items = "".join(f'<li class="{tone}">{text(message)}</li>' for message in messages)
     return f"<h2>{title}</h2><ul>{items}</ul>"
 
 
@@ -119,7 +124,7 @@ def _outputs(report: Report) -> str:
         return ""
     rows = [(name, wording.decibels(found.sqnr_db), f"{found.cosine:.6f}", f"{found.max_abs:.4g}")
             for name, found in report.accuracy.outputs.items()]
-    return "<h2>Outputs against float</h2>" + _table(("output", "SQNR", "cosine", "max error"), rows, (1, 2, 3))
+    return "<h2>Outputs against float</h2>" + table(("output", "SQNR", "cosine", "max error"), rows, (1, 2, 3))
 
 
 def _semantic(report: Report) -> str:
@@ -130,14 +135,14 @@ def _semantic(report: Report) -> str:
              wording.decibels(found.twin_sqnr_db)),
             ("the compiled graph as it runs against itself without the runtime's optimizations",
              wording.decibels(found.runtime_sqnr_db))]
-    return "<h2>Is it the right graph?</h2>" + _table(("compared", "SQNR"), rows, (1,))
+    return "<h2>Is it the right graph?</h2>" + table(("compared", "SQNR"), rows, (1,))
 
 
 def _nodes(report: Report) -> str:
     found = wording.groups(report.nodes)
     if not found:
         return ""
-    parts = [f"<h2>Nodes</h2><p class=faint>{_text(wording.tally(found))}</p>"]
+    parts = [f"<h2>Nodes</h2><p class=faint>{text(wording.tally(found))}</p>"]
     for kind in wording.KINDS:
         of_kind = [group for group in found if group.kind == kind]
         if of_kind:
@@ -157,7 +162,7 @@ def _group(group: wording.Group) -> str:
         titles.append("reason")
         for row, node in zip(rows, group.nodes, strict=True):
             row.append(node.reason)
-    return f"<details><summary>{_text(group.text)}</summary>{_table(titles, rows, (4,))}</details>\n"
+    return f"<details><summary>{text(group.text)}</summary>{table(titles, rows, (4,))}</details>\n"
 
 
 def _layers(report: Report) -> str:
@@ -165,9 +170,9 @@ def _layers(report: Report) -> str:
         return ""
     rows = [(row.name, row.op, wording.decibels(row.sqnr_db), f"{row.cosine:.6f}", f"{row.max_abs:.4g}")
             for row in report.layers]
-    table = _table(("output", "made by", "SQNR", "cosine", "max error"), rows, (2, 3, 4))
+    inner = table(("output", "made by", "SQNR", "cosine", "max error"), rows, (2, 3, 4))
     return ("<h2>Layers</h2><p class=faint>Each with the error of those before it.</p>"
-            f"<details><summary>{wording.plural(len(rows), 'layer')}</summary>{table}</details>")
+            f"<details><summary>{wording.plural(len(rows), 'layer')}</summary>{inner}</details>")
 
 
 def _stages(report: Report) -> str:
@@ -175,7 +180,7 @@ def _stages(report: Report) -> str:
         return ""
     total = sum(stage.seconds for stage in report.stages)
     rows = "".join(
-        f'<tr><td>{_text(stage.name)}</td><td class=number>{stage.seconds:.2f} s</td><td class=track>'
+        f'<tr><td>{text(stage.name)}</td><td class=number>{stage.seconds:.2f} s</td><td class=track>'
         f'<div class=bar style="width: {100 * stage.seconds / max(total, 1e-9):.1f}%"></div></td></tr>'
         for stage in report.stages)
     return f"<h2>Stages</h2><p class=faint>{total:.1f} s in all</p><table>{rows}</table>"
@@ -186,7 +191,7 @@ def _environment(environment: dict[str, Any]) -> str:
         return ""
     rows = [(str(key), ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
             for key, value in environment.items()]
-    return "<h2>Environment</h2>" + _table(("", ""), rows)
+    return "<h2>Environment</h2>" + table(("", ""), rows)
 
 
 def _recipe(recipe: dict[str, Any]) -> str:
@@ -200,8 +205,8 @@ def _recipe(recipe: dict[str, Any]) -> str:
 # ------------------------------------------------------------------ pieces
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
-    """`numbers` are the columns that are set flush right; the first column holds names."""
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+    """A table of texts: `numbers` are the columns that are set flush right; the first column holds names."""
     kinds = ["number" if k in numbers else "name" if k == 0 else "text" if k == len(titles) - 1 else ""
              for k in range(len(titles))]
     head = f"<thead>{_row('th', titles, kinds)}</thead>" if any(titles) else ""
@@ -210,9 +215,10 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterab
 
 
 def _row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
-    inner = "".join(f'<{tag} class="{kind}">{_text(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
+    inner = "".join(f'<{tag} class="{kind}">{text(cell)}</{tag}>' for kind, cell in zip(kinds, cells, strict=True))
     return f"<tr>{inner}</tr>"
 
 
-def _text(value: str) -> str:
+def text(value: str) -> str:
+    """A text of anybody's as HTML and XML take it."""
     return escape(wording.clean(value))

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxq.progress import Progress, Silent
-from onnxq.report import wording
+from onnxq.report import analysis, wording
 from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
@@ -78,6 +78,26 @@ def inspection(found: dict[str, Any]) -> str:
         _line(console)
         _line(console, f"under scheme {found['scheme']} on {found['target']}, before anything is measured", "dim")
         _groups(console, report, "--json")
+
+    return _text(draw)
+
+
+def layers(found: dict[str, Any], sort: str, top: int) -> str:
+    """The result of onnxq.analyze: the `top` worst layers by one of analysis.SORTS, and the model's outputs."""
+    ordered = analysis.worst_first(found["layers"], sort)
+
+    def draw(console: Console) -> None:
+        _line(console, analysis.heading(found), "bold")
+        if ordered:
+            _line(console)
+            console.print(_table(analysis.TITLES, [analysis.cells(layer) for layer in ordered[:top]]))
+        if len(ordered) > top:
+            _line(console, f"+{len(ordered) - top} more, see --top or --json", "dim")
+        made = analysis.outputs(found)
+        for text in made[:MAX_OUTPUTS]:
+            _line(console, text, "dim")
+        if len(made) > MAX_OUTPUTS:
+            _line(console, f"+{wording.plural(len(made) - MAX_OUTPUTS, 'more output')}", "dim")
 
     return _text(draw)
 

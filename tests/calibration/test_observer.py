@@ -17,6 +17,7 @@ from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph
+from onnxq.numerics.moments import Moments
 from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
 
@@ -196,3 +197,65 @@ def test_settings_that_no_observer_has(how: Calibration) -> None:
 def test_settings_that_there_are() -> None:
     for ranges in ("minmax", "percentile"):
         observer.check(Calibration(ranges=ranges))
+
+
+# ------------------------------------------------------------------ against a reference
+
+
+def test_tensors_are_compared_within_a_graph_and_across(opened: Opener) -> None:
+    """The error of a rounded weight, seen at the product and behind the Relu of another graph."""
+    rounded = np.round(W * 4) / 4
+    both = make_model([node("MatMul", "x w", "m"), node("MatMul", "x v", "k"), node("Relu", "m", "y")],
+                      {"x": ["N", 8]}, {"y": ["N", 8]}, {"w": W, "v": rounded})
+    other = make_model([node("MatMul", "x v", "m"), node("Relu", "m", "y")], {"x": ["N", 8]}, {"y": ["N", 8]},
+                       {"v": rounded})
+    feeds, graphs, moments, steps = rows(5), [opened(both), opened(other)], Moments(), list[int]()
+    found = observer.compare(graphs, {"inside": ("m", 0, "k"), "across": ("y", 1, "y"), "input": ("x", 0, "x")},
+                             open_data(feeds, graphs[0].ports()), ALL, OPTIONS, steps.append, {"x": [moments]})
+    x = np.concatenate([f["x"] for f in feeds])
+    a, b = x @ W, x @ rounded
+    assert found["inside"].sqnr_db == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
+    a, b = np.maximum(a, 0), np.maximum(b, 0)
+    assert found["across"].sqnr_db == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
+    assert (found["input"].sqnr_db, found["input"].count) == (None, x.size)
+    assert moments.std == pytest.approx(x.std(), rel=1e-6)
+    assert steps == [1, 2, 3, 4, 5]
+    assert [t.name for t in graphs[0].outputs] == ["y"]
+
+
+def test_comparing_refuses_nan_where_statistics_are_asked_and_data_without_rows(opened: Opener) -> None:
+    graph = opened(model())
+    nan = open_data([{"x": np.full((1, 8), np.nan, np.float32)}], graph.ports())
+    with pytest.raises(DataError, match="input 'x' holds NaN in row 0"):
+        observer.compare([graph], {}, nan, ALL, OPTIONS, beside={"x": [Moments()]})
+    with pytest.raises(DataError, match="at least one"):
+        observer.compare([graph], {"m": ("m", 0, "r")}, open_data(lambda: iter(()), graph.ports()), ALL, OPTIONS)
+
+
+def test_statistics_of_a_tensor_whose_range_is_asked_for_too(opened: Opener) -> None:
+    graph, moments = opened(model()), Moments()
+    found = observer.observe(graph, ["m"], open_data(rows(5), graph.ports()), ALL, OPTIONS, beside={"m": moments})
+    assert found["m"] == moments.extremes.result()
+    assert moments.count == 40
+
+
+def test_comparing_takes_the_memory_of_one_batch(opened: Opener) -> None:
+    graph = opened(make_model([node("Exp", "x", "m"), node("Abs", "x", "k"), node("ReduceMax", "m", "y")],
+                              {"x": ["N", 1 << 19]}, {"y": None}))
+
+    def peak(batches: int) -> int:
+        def feeds() -> Iterator[Feed]:
+            for k in range(batches):
+                yield {"x": np.full((1, 1 << 19), k / batches, np.float32)}
+
+        tracemalloc.start()
+        try:
+            observer.compare([graph, graph], {"a": ("m", 0, "k"), "b": ("m", 1, "m")},
+                             open_data(feeds, graph.ports()), ALL, OPTIONS, beside={"x": [Moments()]})
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    short, long = peak(4), peak(40)
+    assert short > 4 << 20
+    assert long < short + (2 << 20)
