@@ -26,7 +26,6 @@ _WIDEST = 6144  # inputs of a layer: the work grows with the cube
 _PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
 _BETTER = 0.95  # times the squared error of rounding to nearest, on the other half of the data
 _DAMPING = 0.05
-_PASSES = 4
 
 
 class _Half:
@@ -140,6 +139,4 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
 
 def _search(values: npt.NDArray[np.float32], hessian: npt.NDArray[np.float64], params: QuantParams,
             pairs: bool) -> Codes:
-    damped = rounding.damped(hessian, _DAMPING)
-    codes = rounding.gptq(values, damped, params, 0.0, pairs=pairs)
-    return np.asarray(rounding.descend(values, codes, params, damped, _PASSES, pairs=pairs), np.int8)
+    return np.asarray(rounding.gptq(values, hessian, params, _DAMPING, pairs=pairs), np.int8)
