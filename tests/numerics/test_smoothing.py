@@ -15,7 +15,7 @@ from onnxq.numerics.smoothing import Activation, Found, Reader, Search, factors,
 
 no_deadline = settings(deadline=None, max_examples=60)
 SEEDS = st.integers(0, 2**32 - 1)
-PER_ROW, SIGNED = Activation(per_row=True), Activation(INT8, True)
+STATIC, SIGNED, PER_ROW = Activation(), Activation(INT8, True), Activation(per_row=True)
 EXPONENTS = st.sampled_from(smoothing.ALPHAS)
 
 
@@ -38,7 +38,7 @@ def layer(seed, rows=64, channels=24, outputs=16, outliers=(), larger=50.0, repe
     return Reader(x, rng.normal(size=(channels * repeat, outputs)).astype(np.float32), decoded, repeat)
 
 
-def searched(readers, activation=Activation(), tie=None, **fixed):
+def searched(readers, activation=STATIC, tie=None, **fixed):
     low, high = extremes(readers[0].rows, readers[0].repeat)
     search = Search(readers, activation, low, high, tie)
     return search.run(**fixed), search
@@ -111,9 +111,9 @@ def test_extremes_of_weights_and_activations():
 def test_one_range_per_tensor():
     x = np.float32([[0, 1], [-1, 300]])
     params = affine.choose(-1, 254, UINT8)
-    np.testing.assert_array_equal(Activation().decoded(x, -1, 254),
+    np.testing.assert_array_equal(STATIC.decoded(x, -1, 254),
                                   affine.dequantize(affine.quantize(x, params), params))
-    assert Activation().decoded(x, -1, 254)[1, 1] == 254, "beyond the range it saturates"
+    assert STATIC.decoded(x, -1, 254)[1, 1] == 254, "beyond the range it saturates"
 
 
 @pytest.mark.parametrize("spec", [PER_ROW, Activation(INT8, True, per_row=True)])
@@ -147,7 +147,7 @@ def slow_error(readers, activation, s, low, high):
     return float(np.mean(by_reader))
 
 
-@given(SEEDS, st.sampled_from([Activation(), PER_ROW, SIGNED]), st.sampled_from([1, 3]))
+@given(SEEDS, st.sampled_from([STATIC, PER_ROW, SIGNED]), st.sampled_from([1, 3]))
 @no_deadline
 def test_the_error_is_what_it_says(seed, activation, repeat):
     rng = np.random.default_rng(seed)
@@ -174,14 +174,14 @@ def test_a_settled_reader_keeps_its_codes():
     np.testing.assert_array_equal(settled.results(), reader.results())
     ones = np.ones(24, np.float32)
     low, high = (float(v) for v in (reader.rows.min(), reader.rows.max()))
-    errors = {smoothing.error([r], Activation(), ones, low, high, [r.results()]) for r in (reader, settled)}
+    errors = {smoothing.error([r], STATIC, ones, low, high, [r.results()]) for r in (reader, settled)}
     assert len(errors) == 1
 
 
 # ------------------------------------------------------------------ the search
 
 
-@pytest.mark.parametrize("activation", [Activation(), SIGNED, PER_ROW], ids=["static", "symmetric", "per row"])
+@pytest.mark.parametrize("activation", [STATIC, SIGNED, PER_ROW], ids=["static", "symmetric", "per row"])
 @pytest.mark.parametrize("repeat", [1, 9])
 def test_outlier_channels_are_evened_out(activation, repeat):
     found, search = searched([layer(1, outliers=(2, 7), repeat=repeat)], activation)
@@ -210,9 +210,9 @@ def test_even_channels_are_left_alone():
 
 def test_fixed_exponents():
     reader = layer(1, outliers=(2, 7))
-    for given, wanted in (({"alpha": 0.5}, (0.5, 0.5)), ({"alpha": 0.8, "beta": 0.1}, (0.8, 0.1)),
+    for fixed, wanted in (({"alpha": 0.5}, (0.5, 0.5)), ({"alpha": 0.8, "beta": 0.1}, (0.8, 0.1)),
                           ({"alpha": 0.0, "beta": 0.4}, (0.0, 0.4))):
-        found, search = searched([reader], **given)
+        found, search = searched([reader], **fixed)
         assert (found.alpha, found.beta) == wanted
         assert list(search.tried) == [wanted], "nothing else is tried"
         assert found.plain == searched([reader])[0].plain
