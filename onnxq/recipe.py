@@ -184,6 +184,19 @@ class Outliers:
 
 
 @dataclass(frozen=True)
+class Escape:
+    """Layers of a static scheme for which one scale for all rows costs too much.
+
+    below: dB of signal to noise at a layer's result, on calibration rows that its range was not searched on; a layer
+    below gets a scale for each row at run time where that has a kernel and is at least `gain` dB better. None: none
+    does.
+    """
+
+    below: float | None = 20.0
+    gain: float = 3.0
+
+
+@dataclass(frozen=True)
 class Fallback:
     """Nodes that stay float.
 
@@ -225,6 +238,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
     outliers: Outliers = Outliers()
+    escape: Escape = Escape()
     rounding: str = "auto"
     bias_correction: bool = True
     data: Preprocessing = Preprocessing()
