@@ -155,6 +155,10 @@ class Preprocessing:
                 raise RecipeError(f"data.{key}: {list(numbers)} can't be used; give finite {wanted}")
 
 
+OUTLIERS = ("smooth", "none")
+ROUNDINGS = ("auto", "nearest")
+
+
 @dataclass(frozen=True)
 class Outliers:
     """What is done against channels of activations that are much larger than others.
@@ -173,8 +177,8 @@ class Outliers:
 
     def __post_init__(self) -> None:
         """Raises RecipeError naming the key that can't be used."""
-        if self.method not in ("smooth", "none"):
-            raise RecipeError(f"outliers.method: {self.method!r} is not known; use smooth or none")
+        if self.method not in OUTLIERS:
+            raise RecipeError(f"outliers.method: {self.method!r} is not known; use {' or '.join(OUTLIERS)}")
         for key in ("alpha", "beta"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
@@ -247,8 +251,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises RecipeError for a rounding that is not known."""
-        if self.rounding not in ("auto", "nearest"):
-            raise RecipeError(f"rounding: {self.rounding!r} is not known; use auto or nearest")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"rounding: {self.rounding!r} is not known; use {' or '.join(ROUNDINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON, defaults included."""
