@@ -1,8 +1,8 @@
 """python -m benchmarks.worker STEP JOB.json ANSWER.json: one step in a process of its own.
 
 A step that crashes then costs one cell of a table, and its memory is its own. Steps: `make` a model with a tool,
-`judge` it beside the float model (or only `score` it, or only `clock` it), `memory` of a percentile compilation. The
-answer is what the step found, or an `error` in one line.
+`judge` it beside the float model (or only `score` it, or only `clock` it), compile and score a `variant` of a recipe,
+`memory` of a percentile compilation. The answer is what the step found, or an `error` in one line.
 """
 
 from __future__ import annotations
@@ -66,6 +66,20 @@ def score(case: Case, tool: str, model: str, kept: str, threads: int, limit: int
     options = SessionOptions(threads=threads, config=() if Path(kept).exists() else _QUIET)
     with Kept(Path(kept), lambda: Session(case.model, options)) as reference:
         return {"score": scoring.score(case, data, reference, _opened(tool, model, options))}
+
+
+def variant(case: Case, recipe: dict[str, Any], output: str, kept: str, threads: int, samples: int, limit: int | None,
+            ) -> dict[str, Any]:
+    """Compile by a recipe, as plain data, without measuring kernels, and score what it makes: see `score`."""
+    import yaml
+
+    import onnxq
+    from onnxq.recipe import parse
+
+    start = time.perf_counter()
+    onnxq.compile(case.model, output, recipe=parse(yaml.safe_dump(recipe)), calib=case.calib, samples=samples,
+                  threads=threads, measure=False, force=True)
+    return {"seconds": time.perf_counter() - start, **score(case, ONNXQ, output, kept, threads, limit)}
 
 
 def clock(case: Case, tool: str, model: str, wanted: list[str] | None, threads: int, rounds: int, block_seconds: float,
@@ -158,8 +172,8 @@ def _onnxq(scheme: str, measure: bool) -> Callable[[Case, Path, int, int], dict[
 def main(step: str, job: str, answer: str) -> int:
     """Run a step and write its answer; status 1 with an error in it."""
     arguments = json.loads(Path(job).read_text(encoding="utf-8"))
-    steps: dict[str, Callable[..., dict[str, Any]]] = {"make": make, "judge": judge, "score": score, "clock": clock,
-                                                    "memory": memory}
+    steps: dict[str, Callable[..., dict[str, Any]]] = {
+        "make": make, "judge": judge, "score": score, "clock": clock, "variant": variant, "memory": memory}
     try:
         found = steps[step](Case.from_dict(arguments.pop("case")), **arguments)
     except Exception as error:

@@ -21,6 +21,7 @@ from onnxq.plan import Plan
 from onnxq.planner import alone, correction, masks, ranging, rounding, sensitivity, smoothing
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, Outline, outline
+from onnxq.planner.ranging import escaped
 from onnxq.planner.readers import groups
 from onnxq.planner.replay import check_smoothings, replayed
 from onnxq.planner.scales import finish
@@ -45,6 +46,7 @@ class Planning:
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.methods: dict[str, str] = {}  # of ranges that were chosen among several, by tensor
+        self.escaped: dict[str, str] = {}  # layers with a scale for each row, with the reason
         self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
         self.used_data = self.seen_masks = False
@@ -59,11 +61,12 @@ class Planning:
             self._smooth(self._outlined())
         if self.sensitive is None:
             self.sensitive = self._rank()
-        found = self._outlined(measured)
+        known, found = dict(self.escaped), self._outlined(measured)
         self._observe(found)
-        return self._finished(found)
+        return self._finished(found if self.escaped == known else self._outlined(measured))
 
     def _outlined(self, measured: Measured = NOTHING) -> Outline:
+        measured = replace(measured, per_token={n: why for n, why in self.escaped.items() if n not in measured.refused})
         with self.stage("plan"):
             return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {})
 
@@ -134,9 +137,11 @@ class Planning:
             chosen = {g.name for g in read}
             running = observer.make([name for name in unknown if name not in chosen], how,
                                     self.recipe.scheme.activations)
-            for name, (bounds, method) in ranging.choose(self.hiding.graph, read, self._by(),
-                                                         [running, beside]).items():
-                self.ranges[name], self.methods[name] = bounds, method
+            found_ranges = ranging.choose(self.hiding.graph, read, self._by(), [running, beside])
+            for group in read:
+                one = found_ranges[group.name]
+                self.ranges[group.name], self.methods[group.name] = one.bounds, one.method
+                self.escaped |= escaped(group, one, self.recipe, self.target)
             self.ranges |= {name: one.result() for name, one in running.items()}
 
     def _rank(self) -> dict[str, str]:

@@ -155,6 +155,10 @@ class Preprocessing:
                 raise RecipeError(f"data.{key}: {list(numbers)} can't be used; give finite {wanted}")
 
 
+OUTLIERS = ("smooth", "none")
+ROUNDINGS = ("auto", "nearest")
+
+
 @dataclass(frozen=True)
 class Outliers:
     """What is done against channels of activations that are much larger than others.
@@ -173,14 +177,27 @@ class Outliers:
 
     def __post_init__(self) -> None:
         """Raises RecipeError naming the key that can't be used."""
-        if self.method not in ("smooth", "none"):
-            raise RecipeError(f"outliers.method: {self.method!r} is not known; use smooth or none")
+        if self.method not in OUTLIERS:
+            raise RecipeError(f"outliers.method: {self.method!r} is not known; use {' or '.join(OUTLIERS)}")
         for key in ("alpha", "beta"):
             value = getattr(self, key)
             if value is not None and not 0 <= value <= 1:
                 raise RecipeError(f"outliers.{key}: {value} is no exponent; give a number from 0 to 1")
         if self.beta is not None and self.alpha is None:
             raise RecipeError("outliers.beta: given without alpha; give both, or neither to search them")
+
+
+@dataclass(frozen=True)
+class Escape:
+    """Layers of a static scheme for which one scale for all rows costs too much.
+
+    below: dB of signal to noise at a layer's result, on calibration rows that its range was not searched on; a layer
+    below gets a scale for each row at run time where that has a kernel and is at least `gain` dB better. None: none
+    does.
+    """
+
+    below: float | None = 20.0
+    gain: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -225,6 +242,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     calibration: Calibration = Calibration()
     outliers: Outliers = Outliers()
+    escape: Escape = Escape()
     rounding: str = "auto"
     bias_correction: bool = True
     data: Preprocessing = Preprocessing()
@@ -233,8 +251,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises RecipeError for a rounding that is not known."""
-        if self.rounding not in ("auto", "nearest"):
-            raise RecipeError(f"rounding: {self.rounding!r} is not known; use auto or nearest")
+        if self.rounding not in ROUNDINGS:
+            raise RecipeError(f"rounding: {self.rounding!r} is not known; use {' or '.join(ROUNDINGS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON, defaults included."""

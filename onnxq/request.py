@@ -57,7 +57,7 @@ class Request:
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
             samples: int | None = None, batch: int | None = None, ranges: str | None = None,
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
-            fallback: int | None = None) -> Recipe:
+            fallback: int | None = None, outliers: str | None = None, rounding: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. Raises UsageError and RecipeError.
@@ -76,7 +76,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           batch=chosen.calibration.batch if batch is None else batch,
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
-    return replace(chosen, calibration=calibration,
+    return replace(chosen, calibration=calibration, rounding=rounding or chosen.rounding,
+                   outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))

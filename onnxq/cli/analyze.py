@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, threads_option
+from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, ranges_option, threads_option
 from onnxq.cli.output import print_json, print_text, say, with_progress
 from onnxq.errors import OutputError
 from onnxq.report import analysis, plot, terminal
@@ -23,8 +23,7 @@ _STDOUT = "-"
 @click.option("--calib", metavar="DATA", required=True, help=f"Calibration data: {DATA}.")
 @click.option("--scheme", metavar="NAME", help="The scheme to analyze.  [default: w8a8]")
 @click.option("--recipe", metavar="FILE", help="A recipe in YAML instead of a scheme.")
-@click.option("--ranges", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
-              help="How the ranges of activations are found.  [default: minmax, or the recipe's]")
+@ranges_option
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows that are used at most.  [default: 128]")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--sort", type=click.Choice(list(analysis.SORTS)), default="sqnr", show_default=True,

@@ -15,10 +15,12 @@ from onnxq.cli.options import (
     max_drop_option,
     metric_option,
     quiet_option,
+    ranges_option,
     sizes,
     threads_option,
 )
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
+from onnxq.recipe import OUTLIERS, ROUNDINGS
 from onnxq.request import OBJECTIVES
 from onnxq.targets import TARGETS
 
@@ -32,8 +34,13 @@ from onnxq.targets import TARGETS
                    "without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")
 @click.option("--recipe", metavar="FILE", help="A recipe in YAML instead of a scheme; --print-recipe shows the form.")
 @click.option("--calib", metavar="DATA", help=f"Calibration data: {DATA}.")
-@click.option("--ranges", type=click.Choice(["minmax", "moving-average", "percentile", "entropy", "mse"]),
-              help="How the ranges of activations are found.  [default: minmax, or the recipe's]")
+@ranges_option
+@click.option("--outliers", type=click.Choice(OUTLIERS),
+              help="What is done against channels much larger than others: smooth moves them into the weights.  "
+                   "[default: smooth, or the recipe's]")
+@click.option("--rounding", type=click.Choice(ROUNDINGS),
+              help="How weights are rounded: auto is by GPTQ where that keeps a layer's results better on data that it "
+                   "has not seen.  [default: auto, or the recipe's]")
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
@@ -92,8 +99,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
         raise click.UsageError("--dump-after needs --dump DIR, the folder to write to.")
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
-        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "metric", "max_drop", "keep_float",
-                 "fallback")
+        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "metric",
+                 "max_drop", "keep_float", "fallback")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

@@ -12,8 +12,7 @@ from types import MappingProxyType
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
 from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
-from onnxq.planner import composites, few_channels, given
-from onnxq.planner.at_run_time import lower_at_run_time
+from onnxq.planner import at_run_time, composites, few_channels, given
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
 from onnxq.planner.left import lower_left
@@ -32,11 +31,13 @@ NORMS = frozenset({
 
 @dataclass(frozen=True)
 class Measured:
-    """What timing decided against the tables: `refused` maps a node that stays float to the reason, `at_run_time` are
-    those of them whose kernel finds its scale at run time."""
+    """What timing and calibration decided against the tables: `refused` maps a node that stays float to the reason,
+    `at_run_time` are those of them whose kernel finds its scale at run time; `per_token` maps a node whose kernel finds
+    one for each row to the reason."""
 
     refused: Mapping[str, str] = field(default_factory=dict)
     at_run_time: frozenset[str] = frozenset()
+    per_token: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -77,13 +78,14 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
     """
     outliner = _Outliner(graph, recipe, target, measured, sensitive)
     found = outliner.run()
-    decided = {*outliner.kept, *measured.refused}
+    decided = {*outliner.kept, *measured.refused, *measured.per_token}
     if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
         for tensor in lower_left(graph, found.nodes, decided, recipe.scheme, target):
             found.want(graph, tensor)
     if not recipe.scheme.is_float:
         lower_lstms(graph, found.nodes, decided, recipe.scheme, target)
-        lower_at_run_time(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)
+        at_run_time.per_tensor(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)
+        at_run_time.per_token(graph, found.nodes, measured.per_token, outliner.barred, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
     return found
 
@@ -131,7 +133,7 @@ class _Outliner:
             return "Softmax stays float: 8 bits are too coarse for its exponentials"
         if node.op not in self.recipe.scheme.operators:
             return _no_kernel(node, self.recipe.scheme, self.target.name)
-        return self.measured.refused.get(node.name)
+        return self.measured.refused.get(node.name) or self.measured.per_token.get(node.name)
 
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:
