@@ -32,7 +32,7 @@ def per_token(graph: Graph, nodes: dict[str, NodePlan], wanted: Mapping[str, str
 def _lower(graph: Graph, nodes: dict[str, NodePlan], wanted: Mapping[str, str], barred: Collection[str],
            scheme: Scheme, target: Target, granularity: str) -> None:
     for node in graph.nodes:
-        if node.name not in wanted:
+        if node.name not in wanted or node.name in barred:
             continue
         link, lowering = chain(graph, node, barred), target.lowerings[(node.op, granularity)]
         add = link.bias_add.name if link.bias_add is not None else None

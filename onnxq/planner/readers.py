@@ -19,7 +19,7 @@ from onnxq.numerics.histogram import Histogram
 from onnxq.numerics.sampling import Sample, Sampled, View
 from onnxq.numerics.smoothing import Activation, Reader
 from onnxq.plan import STATIC, TOKEN, NodePlan
-from onnxq.planner.scales import weight_params
+from onnxq.planner.scales import finite, weight_params
 from onnxq.recipe import Calibration, Scheme
 from onnxq.runtime.session import SessionOptions
 from onnxq.targets import Target
@@ -163,13 +163,13 @@ def activation(scheme: Scheme) -> Activation:
 
 
 def readers(graph: Graph, group: Group, sample: Sample, scheme: Scheme, target: Target) -> list[Reader]:
-    """The group's layers on rows of a sample."""
+    """The group's layers on rows of a sample. Raises ModelError for weights with NaN or infinities."""
     return [_reader(graph, node, view, sample, scheme, target)
             for node, view in zip(group.layers, group.views, strict=True)]
 
 
 def _reader(graph: Graph, node: Node, view: View, sample: Sample, scheme: Scheme, target: Target) -> Reader:
-    weight = np.asarray(graph.read(node.inputs[1]), np.float32)
+    weight = finite(graph, node.inputs[1], node)
     shape = weight.shape
 
     def decoded(matrix: Floats) -> Floats:

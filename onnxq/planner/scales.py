@@ -87,7 +87,7 @@ def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> 
         verdict = plan.node(node.name)
         for index, weight in stored_by(node, verdict):
             if spec is not None and weight.name not in plan.weights:
-                values = _finite(graph, weight, node)
+                values = finite(graph, weight, node)
                 paired = target.saturates and verdict is not None and verdict.is_int
                 plan.weights[weight.name] = affine.weight_params(
                     values, channel_axis(node, index, values.ndim), by_name(spec.dtype),
@@ -122,7 +122,8 @@ def weight_params(node: Node, values: npt.NDArray[np.float32], scheme: Scheme, t
     return affine.weight_params(values, axis, by_name(spec.dtype), least=pairs if axis is not None else pairs.max())
 
 
-def _finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
+def finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
+    """A node's weight. Raises ModelError for NaN or infinities."""
     values = np.asarray(graph.read(weight), np.float32)
     if not np.isfinite(values).all():
         raise ModelError(f"the weights {weight.name!r} of {node.name} hold NaN or infinite values; "
@@ -134,7 +135,7 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
     index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
     weight = node.inputs[index]
     if weight.name not in plan.weights:
-        plan.weights[weight.name] = weight_params(node, _finite(graph, weight, node), recipe.scheme, target, index)
+        plan.weights[weight.name] = weight_params(node, finite(graph, weight, node), recipe.scheme, target, index)
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")

@@ -41,7 +41,7 @@ def test_figures_of_every_scheme(name: str, scheme: str) -> None:
         if static:
             assert layer["low"] <= 0 <= layer["high"]
             assert layer["high"] - layer["low"] == pytest.approx(255 * layer["scale"])
-            assert layer["clipped"] == 0  # ranges are those of the same rows
+            assert layer["clipped"] < 2e-3  # ranges are those of the same rows, but for a few that are clipped
     assert json.loads(json.dumps(found)) == found
 
 
@@ -77,7 +77,9 @@ def test_the_share_of_clipped_values(tmp_path: Path) -> None:
     [layer] = onnxq.analyze(tmp_path / "m.onnx", calib=tmp_path / "c.npz", recipe=tmp_path / "r.yaml")["layers"]
     assert layer["clipped"] == pytest.approx(((x < layer["low"]) | (x > layer["high"])).mean(), abs=1 / x.size)
     assert layer["clipped"] * x.size >= 2
-    [whole] = onnxq.analyze(tmp_path / "m.onnx", calib=tmp_path / "c.npz", samples=200)["layers"]
+    (tmp_path / "r.yaml").write_text("{scheme: w8a8, calibration: {ranges: minmax}, outliers: {method: none}}")
+    [whole] = onnxq.analyze(tmp_path / "m.onnx", calib=tmp_path / "c.npz", samples=200,
+                            recipe=tmp_path / "r.yaml")["layers"]
     assert whole["clipped"] == 0
     assert whole["range_parm"] == pytest.approx(60 / x.astype(np.float64).std(), rel=1e-6)
 

@@ -101,7 +101,8 @@ def test_every_planned_node_ran_as_planned(name: str, scheme: str, fmt: str, res
             assert not is_integer(row.ran_as), row
     names = [row.name for row in report.nodes]
     assert len(names) == len(set(names))
-    assert set(names) == {n.name for n in load(result(name, scheme, fmt).source).nodes}
+    added = {name for name in names if name.endswith("/smooth")}  # Muls that divide channels
+    assert set(names) - added == {n.name for n in load(result(name, scheme, fmt).source).nodes}
 
 
 @each_case
@@ -219,7 +220,8 @@ def test_stages_are_told_to_the_progress(tmp_path: Path) -> None:
 
     heard = Heard()
     made = compiled("digits_cnn", tmp_path / "o.onnx", samples=20, batch=8, progress=heard)
-    assert heard.stages == [s.name for s in made.report.stages]
+    assert list(dict.fromkeys(heard.stages)) == [s.name for s in made.report.stages]
+    assert heard.stages.count("plan") == 2, "again on the graph with channels scaled"
     assert (heard.totals["calibrate"], heard.steps["calibrate"]) == (20, [8, 16, 20])
     assert heard.totals["accuracy"] == heard.steps["accuracy"][-1] == 500
 
