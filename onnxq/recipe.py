@@ -6,21 +6,20 @@ the same form in `onnxq/recipes/`.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import re
-import types
-import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import resources
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
 from onnxq.errors import RecipeError, UsageError
+from onnxq.plain import StrictLoader, build, plain
 
 VERSION = 1
 SQNR = "sqnr"
@@ -262,7 +261,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON, defaults included."""
-        return {"version": self.version, **_plain(self)}
+        return {"version": self.version, **plain(self)}
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` turns into an equal recipe."""
@@ -290,7 +289,7 @@ def scheme(name: str) -> Scheme:
     """A named scheme; `float` is one too. Raises UsageError for an unknown name."""
     if name == FLOAT.name:
         return FLOAT
-    built: Scheme = _build(Scheme, yaml.safe_load(scheme_text(name)), "scheme")
+    built: Scheme = build(Scheme, yaml.safe_load(scheme_text(name)), "scheme")
     return built
 
 
@@ -306,7 +305,7 @@ def read(path: str | Path) -> Recipe:
 def parse(text: str) -> Recipe:
     """A recipe from YAML text. Raises RecipeError naming the key by its path."""
     try:
-        data = yaml.load(text, _Strict)
+        data = yaml.load(text, StrictLoader)
     except yaml.YAMLError as e:
         raise RecipeError(f"the recipe is not valid YAML ({str(e).splitlines()[0]}); correct it") from None
     if not isinstance(data, dict):
@@ -324,7 +323,7 @@ def parse(text: str) -> Recipe:
             raise RecipeError(f"scheme: {e}") from None
     if isinstance(data.get("fallback"), dict):
         data["fallback"] = _fallback(data["fallback"])
-    recipe: Recipe = _build(Recipe, data, "")
+    recipe: Recipe = build(Recipe, data, "")
     for k, rule in enumerate(recipe.rules):
         if rule.scheme not in (FLOAT.name, recipe.scheme.name):
             raise RecipeError(f"rules[{k}].scheme: {rule.scheme!r} can't be mixed into {recipe.scheme.name} yet; "
@@ -348,7 +347,7 @@ def _fallback(given: dict[Any, Any]) -> dict[Any, Any]:
     return found
 
 
-def matches(glob: str, names: typing.Iterable[str]) -> bool:
+def matches(glob: str, names: Iterable[str]) -> bool:
     """Whether any name fits the glob; '.' and '/' are alike, `{a,b}` offers alternatives, case counts.
 
     A name fits itself, whatever brackets are in it.
@@ -377,66 +376,3 @@ def expand_braces(glob: str) -> list[str]:
                 return [glob[:start] + inner + tail for piece in pieces for inner in expand_braces(piece)
                         for tail in expand_braces(glob[k + 1:])]
     return [glob]
-
-
-# ------------------------------------------------------------------ dataclasses <-> plain data
-
-
-class _Strict(yaml.SafeLoader):
-    """YAML that refuses a key given twice, of which it would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[typing.Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"{key}: given twice; keep one")
-        return super().construct_mapping(node, deep)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _build(kind: Any, value: Any, path: str) -> Any:
-    """`value` (plain data) as `kind`. Raises RecipeError with the path of what does not fit."""
-    where = path or "recipe"
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build_dataclass(kind, value, path)
-    origin = typing.get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _build(next(a for a in typing.get_args(kind) if a is not type(None)), value, path)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise RecipeError(f"{where}: a list is wanted, not {value!r}")
-        return tuple(_build(typing.get_args(kind)[0], v, f"{path}[{k}]") for k, v in enumerate(value))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"{where}: {kind.__name__} is wanted, not {value!r}")
-    return value
-
-
-def _build_dataclass(kind: type, value: Any, path: str) -> Any:
-    if isinstance(value, kind):
-        return value
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path or 'recipe'}: a mapping is wanted, not {value!r}")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(hints)}"
-            raise RecipeError(f"{path + '.' if path else ''}{key}: there is no such key; {remedy}")
-    missing = [f.name for f in dataclasses.fields(kind)
-               if f.name not in value and f.default is dataclasses.MISSING]
-    if missing:
-        raise RecipeError(f"{path + '.' if path else ''}{missing[0]}: missing; add it")
-    return kind(**{k: _build(hints[k], v, f"{path}.{k}" if path else k) for k, v in value.items()})

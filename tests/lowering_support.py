@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 from conftest import make_model, node, random
+from observer_support import ALL, ONE_THREAD, observe
 
-from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.graph import Graph, load, read_nodes, save
 from onnxq.numerics import affine
@@ -36,7 +36,6 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 CPU = TARGETS["cpu"]  # what is planned does not depend on the machine
 HERE = target_here("cpu")  # what runs does: without VNNI, two products have to fit 16 bits
 FORMATS = ("qdq", "qoperator")
-ONE_THREAD = SessionOptions(threads=1)
 UNOPTIMIZED = SessionOptions(threads=1, optimize=False)
 BOTH_FORMATS = pytest.mark.parametrize("fmt", FORMATS)
 
@@ -142,8 +141,8 @@ def make(model: onnx.ModelProto | Path, folder: Path, feeds: Iterable[Mapping[st
     save(graph, folder / "canonical.onnx")
     found = outline(graph, chosen, HERE)
     if ranges is None:
-        ranges = observer.observe(graph, found.ranges_of, open_data(given, graph.ports()),
-                                  calibration or Calibration(samples=None), ONE_THREAD) if found.ranges_of else {}
+        ranges = observe(graph, found.ranges_of, open_data(given, graph.ports()),
+                         calibration or ALL) if found.ranges_of else {}
     context.plan = finish(found, graph, ranges, chosen, HERE)
     PassManager([*transform(), *quantize()]).run(graph, context)
     save(graph, folder / "twin.onnx")

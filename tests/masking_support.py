@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 from conftest import make_model, node
+from observer_support import observe
 
-from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.graph import Graph, load, save
 from onnxq.passes.canonicalize import canonicalize
@@ -22,8 +22,7 @@ from onnxq.planner import masks
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import outline
 from onnxq.planner.scales import finish
-from onnxq.recipe import Calibration, Recipe, scheme
-from onnxq.runtime.session import SessionOptions
+from onnxq.recipe import Recipe, scheme
 from onnxq.targets import TARGETS
 
 Array = np.ndarray[Any, Any]
@@ -107,8 +106,7 @@ def planned(graph: Graph, calib: Sequence[Feed] | None, floors: str = "") -> tup
     recipe, target = Recipe(scheme("w8a8-dynamic")), TARGETS["cpu"]
     found = masks.find(graph)
     if calib is not None:
-        observer.observe(found.graph, [], open_data(list(calib), graph.ports()), Calibration(samples=None),
-                         SessionOptions(threads=1), beside=found.statistics)
+        observe(found.graph, [], open_data(list(calib), graph.ports()), beside=found.statistics)
     plan = finish(outline(graph, recipe, target), graph, {}, recipe, target)
     masks.decide(found, plan)
     for name, floor in found.floors.items():

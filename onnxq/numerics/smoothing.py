@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float32]
 # a step of 0.1 is as fine as rows that the search has not seen can tell
 ALPHAS = tuple(k / 10 for k in range(11))
 BETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
-_LEAST = 1e-5  # of an extreme; a channel of zeros gets a factor like its neighbours'
+_LEAST = 1e-5  # of an extreme; below that of the largest one a channel counts as one of zeros
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,14 @@ class Found:
 
 
 def factors(x_extreme: npt.ArrayLike, w_extreme: npt.ArrayLike, alpha: float, beta: float) -> Floats:
-    """s, float32 [C], with a geometric mean of 1, from max|x| and max|w| of each channel [C]; ones for both zero."""
-    x = np.maximum(np.asarray(x_extreme, np.float64), _LEAST)
+    """s, float32 [C], with a geometric mean of 1, from max|x| and max|w| of each channel [C].
+
+    A channel in which x was always 0 gets a factor like its neighbours': a small one would blow up what it holds on
+    other data.
+    """
+    x = np.asarray(x_extreme, np.float64)
+    live = x > _LEAST * x.max()
+    x = np.where(live, x, np.exp(np.log(x[live]).mean()) if live.any() else 1.0)
     w = np.maximum(np.asarray(w_extreme, np.float64), _LEAST)
     logs = alpha * np.log(x) - beta * np.log(w)
     return np.asarray(np.exp(logs - logs.mean())).astype(np.float32)

@@ -75,7 +75,8 @@ def _own(graph: Graph, node: Node, channels: int, axis: int) -> Absorber | None:
         if node.op != "BatchNormalization" and not last:
             return None
         indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
-    elif node.op in ("MatMul", "Gemm") and axis == LAST and not node.attrs and not node.domain:
+    elif (node.op in ("MatMul", "Gemm") and axis == LAST and not node.attrs and not node.domain
+          and len(shape_of(node.inputs[1]) or ()) > 1):  # by a vector, the last axis is one of rows
         indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], -1
     elif node.op == "Conv" and axis == 1 and not node.domain:
         indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
@@ -104,6 +105,8 @@ def _elementwise(graph: Graph, node: Node, channels: int, axis: int, left: int) 
         return replace(above, constants=(*above.constants, own)) if above is not None and own is not None else None
     if node.op == "Add":
         return None
+    if node.inputs[0] is node.inputs[1]:
+        return None  # a square
     for branch in node.inputs:
         dims = shape_of(branch)
         if dims and len(dims) == len(shape_of(node.outputs[0]) or ()) and dims[axis] == channels:
@@ -137,14 +140,29 @@ def _heads(graph: Graph, tensor: Tensor, channels: int) -> Absorber | None:
 
 
 def _through_moves(graph: Graph, node: Node | None) -> Node | None:
-    """The first node above that is no data movement; None where something else reads what lies between."""
+    """The first node above that is no data movement; None where something else reads what lies between.
+
+    Also where a Transpose brings another axis to the end: then it is not heads' columns that lie there.
+    """
     for _ in range(_FURTHEST):
         if node is None or node.op not in _MOVES:
             return node
+        perm = node.attrs.get("perm", [-1])
+        if node.op == "Transpose" and perm[-1] != len(perm) - 1:
+            return None
         if graph.only_consumer(node.inputs[0]) is None:
             return None
         node = graph.producer(node.inputs[0])
     return None
+
+
+def unused(graph: Graph, name: str, suffix: str) -> str:
+    """The name with the suffix behind it, more than once where a constant that several nodes read is changed for each.
+    """
+    name += suffix
+    while graph.has(name):
+        name += suffix
+    return name
 
 
 def _stored(tensor: Tensor) -> bool:

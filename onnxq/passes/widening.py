@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
-from onnxq.passes.absorbing import Constant
+from onnxq.passes.absorbing import Constant, unused
 
 _ELEMENTWISE = frozenset({
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
@@ -79,14 +79,14 @@ def _constants(nodes: Iterable[Node], channels: int) -> tuple[Constant, ...] | N
 
 def widen(graph: Graph, found: Region, source: npt.NDArray[np.int64]) -> None:
     """Repeat columns: channel c of what was C wide becomes source[c] of it, `source` int64 [C']."""
-    nodes = {n.name: n for n in graph.nodes}
+    nodes, made = {n.name: n for n in graph.nodes}, dict[str, Tensor]()
     for constant in found.constants:
         node = nodes[constant.node]
         old = node.inputs[constant.index]
-        name = f"{old.name}.split"
-        if not graph.has(name):
-            graph.constant(name, np.ascontiguousarray(np.asarray(graph.read(old))[..., source]))
-        graph.replace_input(node, constant.index, graph.made(name))
+        if old.name not in made:
+            values = np.ascontiguousarray(np.asarray(graph.read(old))[..., source])
+            made[old.name] = graph.constant(unused(graph, old.name, ".split"), values)
+        graph.replace_input(node, constant.index, made[old.name])
     wide = set(found.tensors)
     for tensor in (t for n in nodes.values() for t in n.outputs if t.name in wide):
         tensor.shape = [*tensor.shape[:-1], source.size]

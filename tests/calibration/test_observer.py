@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 from conftest import Opener, make_model, node, random
+from observer_support import ALL, ONE_THREAD, observe
 
 from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
@@ -19,11 +20,8 @@ from onnxq.errors import DataError, UsageError
 from onnxq.graph import Graph
 from onnxq.numerics.moments import Moments
 from onnxq.recipe import Calibration
-from onnxq.runtime.session import SessionOptions
 
 Feed = dict[str, npt.NDArray[Any]]
-OPTIONS = SessionOptions(threads=1)
-ALL = Calibration(samples=None)
 W = random(8, 8)
 
 
@@ -39,7 +37,7 @@ def rows(count: int, seed: int = 0) -> list[Feed]:
 
 def observed(graph: Graph, wanted: list[str], data: Any, how: Calibration = ALL,
              progress: Callable[[int], None] | None = None) -> dict[str, tuple[float, float]]:
-    return observer.observe(graph, wanted, open_data(data, graph.ports()), how, OPTIONS, progress)
+    return observe(graph, wanted, open_data(data, graph.ports()), how, progress)
 
 
 # ------------------------------------------------------------------ values
@@ -211,7 +209,7 @@ def test_tensors_are_compared_within_a_graph_and_across(opened: Opener) -> None:
                        {"v": rounded})
     feeds, graphs, moments, steps = rows(5), [opened(both), opened(other)], Moments(), list[int]()
     found = observer.compare(graphs, {"inside": ("m", 0, "k"), "across": ("y", 1, "y"), "input": ("x", 0, "x")},
-                             open_data(feeds, graphs[0].ports()), ALL, OPTIONS, steps.append, {"x": [moments]})
+                             open_data(feeds, graphs[0].ports()), ALL, ONE_THREAD, steps.append, {"x": [moments]})
     x = np.concatenate([f["x"] for f in feeds])
     a, b = x @ W, x @ rounded
     assert found["inside"].sqnr_db == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
@@ -227,14 +225,14 @@ def test_comparing_refuses_nan_where_statistics_are_asked_and_data_without_rows(
     graph = opened(model())
     nan = open_data([{"x": np.full((1, 8), np.nan, np.float32)}], graph.ports())
     with pytest.raises(DataError, match="input 'x' holds NaN in row 0"):
-        observer.compare([graph], {}, nan, ALL, OPTIONS, beside={"x": [Moments()]})
+        observer.compare([graph], {}, nan, ALL, ONE_THREAD, beside={"x": [Moments()]})
     with pytest.raises(DataError, match="at least one"):
-        observer.compare([graph], {"m": ("m", 0, "r")}, open_data(lambda: iter(()), graph.ports()), ALL, OPTIONS)
+        observer.compare([graph], {"m": ("m", 0, "r")}, open_data(lambda: iter(()), graph.ports()), ALL, ONE_THREAD)
 
 
 def test_statistics_of_a_tensor_whose_range_is_asked_for_too(opened: Opener) -> None:
     graph, moments = opened(model()), Moments()
-    found = observer.observe(graph, ["m"], open_data(rows(5), graph.ports()), ALL, OPTIONS, beside={"m": moments})
+    found = observe(graph, ["m"], open_data(rows(5), graph.ports()), beside={"m": moments})
     assert found["m"] == moments.extremes.result()
     assert moments.count == 40
 
@@ -251,7 +249,7 @@ def test_comparing_takes_the_memory_of_one_batch(opened: Opener) -> None:
         tracemalloc.start()
         try:
             observer.compare([graph, graph], {"a": ("m", 0, "k"), "b": ("m", 1, "m")},
-                             open_data(feeds, graph.ports()), ALL, OPTIONS, beside={"x": [Moments()]})
+                             open_data(feeds, graph.ports()), ALL, ONE_THREAD, beside={"x": [Moments()]})
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

@@ -7,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Opener, make_model, node
+from observer_support import observe
 
 from onnxq import request
-from onnxq.calibration import observer
 from onnxq.calibration.readers import open_data
 from onnxq.errors import UsageError
 from onnxq.numerics import ranges
 from onnxq.numerics.dtypes import INT4
 from onnxq.recipe import Calibration, Recipe, TensorSpec, scheme
-from onnxq.runtime.session import SessionOptions
 
 METHODS = ["minmax", "moving-average", "percentile", "entropy", "mse"]
 
@@ -33,9 +32,7 @@ def observed(opened: Opener, folder: Path, method: str, spec: TensorSpec | None 
     model = make_model([node("Add", "x x", "y")], {"x": ["N", 500]}, {"y": ["N", 500]})
     graph = opened(model)
     how = Calibration(samples=None, batch=40, ranges=method, percentile=99.9)
-    found = observer.observe(graph, ["y"], open_data(data(folder), graph.ports()), how, SessionOptions(threads=1),
-                             spec=spec)
-    return found["y"]
+    return observe(graph, ["y"], open_data(data(folder), graph.ports()), how, spec=spec)["y"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +64,7 @@ def test_a_type_matters_to_the_searches_only(opened: Opener, tmp_path: Path) -> 
     assert observed(opened, tmp_path, "minmax", TensorSpec("int4")) == (-60.0, 60.0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["auto", *METHODS])
 def test_ranges_of_a_call_go_into_the_recipe(method: str) -> None:
     resolved = request.resolve(scheme="w8a8", ranges=method)
     assert resolved.calibration.ranges == method
@@ -76,10 +73,15 @@ def test_ranges_of_a_call_go_into_the_recipe(method: str) -> None:
     assert request.resolve(recipe=recipe, ranges=method).calibration == Calibration(samples=7, ranges=method)
 
 
-def test_minmax_is_the_default() -> None:
-    assert request.resolve(scheme="w8a8").calibration.ranges == "minmax"
+def test_auto_is_the_default() -> None:
+    assert request.resolve(scheme="w8a8").calibration.ranges == "auto"
+
+
+def test_auto_is_minmax_where_no_layer_tells_more(opened: Opener, tmp_path: Path) -> None:
+    """What is chosen by layers' errors, the planner chooses."""
+    assert observed(opened, tmp_path, "auto") == observed(opened, tmp_path, "minmax") == (-60.0, 60.0)
 
 
 def test_unknown_ranges_are_refused() -> None:
-    with pytest.raises(UsageError, match="'kl' are not known; use one of minmax, moving-average, percentile, entropy"):
+    with pytest.raises(UsageError, match="'kl' are not known; use one of auto, minmax, moving-average"):
         request.resolve(scheme="w8a8", ranges="kl")

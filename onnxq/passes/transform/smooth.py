@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from onnxq.errors import GraphError
 from onnxq.graph import Graph, Node, Tensor
-from onnxq.passes.absorbing import Constant, absorber
+from onnxq.passes.absorbing import Constant, absorber, unused
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.widening import Region, region, widen
 from onnxq.plan import Smoothing
 
 Floats = npt.NDArray[np.float32]
-SMOOTHED = ".smoothed"
+ABSORBED, SMOOTHED = ".absorbed", ".smoothed"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _divide(graph: Graph, node: Node, constant: Constant, s: Floats) -> None:
     shape = [1] * values.ndim
     shape[constant.axis] = s.size
     graph.replace_input(node, constant.index,
-                        graph.constant(f"{old.name}.absorbed", values / s.reshape(shape)))
+                        graph.constant(unused(graph, old.name, ABSORBED), values / s.reshape(shape)))
 
 
 def _mul(graph: Graph, x: Tensor, s: Floats) -> Tensor:
@@ -99,13 +99,11 @@ def _mul(graph: Graph, x: Tensor, s: Floats) -> Tensor:
 
 def _multiply(graph: Graph, node: Node, found: Smoothing) -> None:
     old = node.inputs[1]
-    name = f"{old.name}{SMOOTHED}"
-    if not graph.has(name):
-        values = np.asarray(graph.read(old), np.float32)
-        if found.source is not None:
-            values = values[found.source]
-        graph.constant(name, scaled(values, (found.factors / found.copies).astype(np.float32), node))
-    graph.replace_input(node, 1, graph.made(name))
+    values = np.asarray(graph.read(old), np.float32)
+    if found.source is not None:
+        values = values[found.source]
+    values = scaled(values, (found.factors / found.copies).astype(np.float32), node)
+    graph.replace_input(node, 1, graph.constant(unused(graph, old.name, SMOOTHED), values))
 
 
 def scaled(weight: Floats, s: Floats, node: Node) -> Floats:
