@@ -15,10 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import models, outliers, runs
+from benchmarks import goals, layout, models, outliers, runs
 from benchmarks import options as common
 from benchmarks.runs import Settings
 
+GOALS = Path(__file__).parent / "accuracy.yaml"
 PLANTED = "+outliers"
 STATIC, PER_TOKEN = "w8a8", "w8a8-dynamic"
 
@@ -55,7 +56,7 @@ def _recipe(scheme: str, keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print and write; status 2 for wrong usage."""
+    """Run, print and write; status 1 when a goal was missed (never for a smoke run), 2 for wrong usage."""
     parser = common.parser("accuracy", __doc__)
     parser.add_argument("--scheme", nargs="+", default=[STATIC, PER_TOKEN], choices=[STATIC, PER_TOKEN],
                         help="of these schemes alone")
@@ -70,14 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         found = [row for case in cases for scheme in options.scheme
                  for row in run_case(case, scheme, options.variants, settings)]
-    text = markdown(found)
+    outcomes = check(found)
+    text = "\n\n".join([markdown(found), *(["### Goals", layout.goals(outcomes)] if outcomes else [])])
     print(f"\n{text}")
     if options.markdown is not None:
         options.markdown.write_text(text, encoding="utf-8")
     if options.json is not None:
-        answer = {"environment": common.where(), "settings": dataclasses.asdict(settings), "rows": found}
+        answer = {"environment": common.where(), "settings": dataclasses.asdict(settings), "rows": found,
+                  "goals": [dataclasses.asdict(o) for o in outcomes]}
         options.json.write_text(json.dumps(common.finite(answer), indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if any(o.met is False for o in outcomes) and not settings.quick else 0
+
+
+def check(rows: Sequence[dict[str, Any]]) -> list[goals.Outcome]:
+    """The goals of the models and schemes that ran, held against the variant with everything."""
+    made = [runs.Row(row["model"], row["scheme"], row["metric"], 0, score=row.get("score", {}),
+                     error=row.get("error", "")) for row in rows if row["variant"] == "all"]
+    ran = {(row.model, row.tool) for row in made}
+    return goals.check([g for g in goals.read(GOALS) if (g.model, g.tool) in ran], made, [])
 
 
 def find(folder: Path | None, only: Sequence[str], scratch: Path) -> list[models.Case]:
@@ -125,8 +136,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def _figure(row: dict[str, Any]) -> str:
     """What a model's column shows."""
-    return {"perplexity": "perplexity ratio", "spearman": "cosine mean / least, drop"}.get(
-        row["metric"], f"{row['metric']} drop, SQNR")
+    return {"perplexity": "perplexity ratio", "spearman": "cosine mean / least, drop",
+            "top1": "top-1 drop in points, same class as float"}.get(row["metric"], f"{row['metric']} drop, SQNR")
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -137,6 +148,8 @@ def _cell(row: dict[str, Any]) -> str:
         return f"{score['ratio']:.4f}x"
     if "pooled_cosine" in score:
         return f"{score['pooled_cosine']:.4f} / {score['pooled_cosine_min']:.4f}, {score['drop']:.4f}"
+    if "agreement" in score:
+        return f"{100 * score['drop']:.2f}, {100 * score['agreement']:.1f} %"
     decibels = "identical" if score["sqnr_db"] is None else f"{score['sqnr_db']:.1f} dB"
     return f"{score['drop']:.4f}, {decibels}"
 

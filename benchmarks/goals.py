@@ -13,7 +13,8 @@ from benchmarks.runs import Memory, Row
 from benchmarks.worker import ONNXQ
 
 GOALS = Path(__file__).parent / "goals.yaml"
-SCORES = ("drop", "ratio", "value", "pooled_cosine")  # keys of benchmarks.scoring.score
+# keys of benchmarks.scoring.score
+SCORES = ("drop", "ratio", "value", "agreement", "pooled_cosine", "pooled_cosine_min")
 MEMORY = ("peak_bytes", "peak_growth")
 OF_TABLE = ("speedup", "size", *MEMORY)
 LATENCY, COLD, WARM = "latency", "cold_seconds", "warm_seconds"

@@ -203,7 +203,8 @@ def score(case: Case, data: Data, reference: Runnable, model: Runnable | None = 
 
     Keys: `float` and `value` (the metric of each), `drop` (positive when worse), `ratio` (value / float), `rows`; with
     a model also `cosine` (mean over scored outputs), `sqnr_db` (the worst output; None when all are identical) and, of
-    sentence embeddings, `pooled_cosine` and `pooled_cosine_min` (mean and least over the rows).
+    sentence embeddings, `pooled_cosine` and `pooled_cosine_min` (mean and least over the rows), where classes are told
+    apart, `agreement` (the share of rows in which both choose the same).
     """
     if case.metric == "agreement":
         return _agreement_score(case, data, reference, model)
@@ -248,12 +249,15 @@ class _Distance:
         self.folds = {name: Comparison() for name in case.scored}
         embeds = case.metric == "spearman" and _MASK in case.stored
         self.pooled = PooledCosine(case.scored[0]) if embeds else None
+        self.same = SameTop1(case.scored[0]) if case.metric == "top1" else None
 
     def update(self, reference: dict[str, Array], outputs: dict[str, Array], inputs: Mapping[str, Array]) -> None:
         for name, fold in self.folds.items():
             fold.update(reference[name], outputs[name])
         if self.pooled is not None:
             self.pooled.update(reference, outputs, inputs[_MASK])
+        if self.same is not None:
+            self.same.update(reference, outputs)
 
     def figures(self) -> dict[str, Any]:
         noises = [f.sqnr_db for f in self.folds.values() if f.sqnr_db is not None]
@@ -261,6 +265,8 @@ class _Distance:
                                  "sqnr_db": min(noises, default=None)}
         if self.pooled is not None:
             found |= {"pooled_cosine": float(np.mean(self.pooled.values)), "pooled_cosine_min": min(self.pooled.values)}
+        if self.same is not None:
+            found["agreement"] = self.same.result()
         return found
 
 

@@ -21,6 +21,7 @@ from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.smooth import Smooth
 from onnxq.targets import TARGETS
 
 FOLDER = Path(__file__).resolve().parent
@@ -69,7 +70,7 @@ def _fields(kind: type) -> str:
 
 def passes() -> str:
     """Every pass in its order, by stage."""
-    stages = {"canonicalize": canonicalize(), "transform": transform(), "quantize": quantize(),
+    stages = {"canonicalize": canonicalize(), "transform": [Smooth(), *transform()], "quantize": quantize(),
               "lower": lower("qoperator")}
     parts = ["# Passes", "In the order in which they run. `--dump DIR --dump-after NAME` writes the graph behind one."]
     for stage, members in stages.items():

@@ -21,6 +21,7 @@ from onnxq.passes.lower import EMITTER_VERSION, lower
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import GIVEN, Plan
 from onnxq.planner import masks, smoothing
 from onnxq.planner.pricing import Prices
@@ -247,7 +248,8 @@ class _Compilation:
 
     def _write(self, compiled: Path, twin: Path) -> Graph:
         """Write the model that the Plan makes, and its QDQ form."""
-        graph = self.planning.graph_for(self.context.plan)
+        graph = self.planning.base.copy()
+        self._passes([Smooth()], graph)
         self.made |= {n.name: _results(graph, n) for n in graph.nodes}
         self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:

@@ -156,6 +156,7 @@ class Preprocessing:
 
 OUTLIERS = ("smooth", "none")
 ROUNDINGS = ("auto", "nearest")
+ATTENTIONS = ("float", "int8")
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,9 @@ class BudgetSpec:
 class Recipe:
     """Everything that decides a compilation, apart from the model, the data and the target.
 
-    rounding: of weights; auto (GPTQ where it keeps a layer's results better on data that it has not seen) or nearest.
+    attention: float, or int8 for its products of computed tensors (Q K^T and P V), where it measures faster; Softmax
+    stays float. rounding: of weights; auto (GPTQ where it keeps a layer's results better on data that it has not seen)
+    or nearest.
     """
 
     scheme: Scheme
@@ -242,6 +245,7 @@ class Recipe:
     calibration: Calibration = Calibration()
     outliers: Outliers = Outliers()
     escape: Escape = Escape()
+    attention: str = "float"
     rounding: str = "auto"
     bias_correction: bool = True
     data: Preprocessing = Preprocessing()
@@ -249,7 +253,9 @@ class Recipe:
     budget: BudgetSpec = BudgetSpec()
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for a rounding that is not known."""
+        """Raises RecipeError for a rounding or an attention that is not known."""
+        if self.attention not in ATTENTIONS:
+            raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"rounding: {self.rounding!r} is not known; use {' or '.join(ROUNDINGS)}")
 

@@ -14,6 +14,7 @@ from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read, scheme_names
 from onnxq.recipe import scheme as named_scheme
@@ -125,4 +126,4 @@ def _check_output(request: Request, force: bool) -> None:
 
 
 def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), *transform(), *quantize(), *lower(output_format))]
+    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,8 @@ def bare(op: str) -> str:
 
 def make(model: onnx.ModelProto | Path, folder: Path, feeds: Iterable[Mapping[str, Array]], fmt: str = "qoperator", *,
          name: str = "w8a8", keep: Sequence[str] = (), rules: Sequence[Rule] = (),
-         calibration: Calibration | None = None, ranges: Mapping[str, tuple[float, float]] | None = None) -> Made:
+         calibration: Calibration | None = None, ranges: Mapping[str, tuple[float, float]] | None = None,
+         attention: str = "float") -> Made:
     """Compile by the passes alone; ranges come from the feeds unless given."""
     given = [dict(f) for f in feeds]
     folder = folder / f"{fmt}.{len(list(folder.iterdir()))}"
@@ -136,7 +137,7 @@ def make(model: onnx.ModelProto | Path, folder: Path, feeds: Iterable[Mapping[st
     if isinstance(model, onnx.ModelProto):
         onnx.save(model, source)
     graph = load(source)
-    chosen, context = recipe(name, keep, rules), Context(HERE)
+    chosen, context = replace(recipe(name, keep, rules), attention=attention), Context(HERE)
     canonical(graph)
     save(graph, folder / "canonical.onnx")
     found = outline(graph, chosen, HERE)

@@ -32,9 +32,11 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Absorber:
-    """The constants to divide. `tie` int64 [C]: the slice that each channel belongs to, where heads share some."""
+    """The constants to divide, and the computed tensors whose channels that divides. `tie` int64 [C]: the slice that
+    each channel belongs to, where heads share some."""
 
     constants: tuple[Constant, ...]
+    tensors: tuple[str, ...] = ()
     tie: npt.NDArray[np.int64] | None = field(default=None)
 
 
@@ -51,6 +53,11 @@ def absorber(graph: Graph, tensor: Tensor, readers: frozenset[str], channels: in
 
 def _above(graph: Graph, tensor: Tensor, channels: int, axis: int, left: int) -> Absorber | None:
     """The walk: `tensor` is read by what called alone."""
+    found = _taken(graph, tensor, channels, axis, left)
+    return replace(found, tensors=(*found.tensors, tensor.name)) if found is not None else None
+
+
+def _taken(graph: Graph, tensor: Tensor, channels: int, axis: int, left: int) -> Absorber | None:
     node = graph.producer(tensor)
     if node is None or not left or len([t for t in node.outputs if t.name]) != 1:
         return None
@@ -121,39 +128,46 @@ def _heads(graph: Graph, tensor: Tensor, channels: int) -> Absorber | None:
 
     Each head's columns of x are proportional to its columns of V; of grouped heads, several to the same ones.
     """
-    product = _through_moves(graph, graph.producer(tensor))
+    product, merged = _through_moves(graph, tensor)
     if product is None or product.op != "MatMul" or any(is_constant(t) for t in product.inputs):
         return None
     values = product.inputs[1]
     size = (shape_of(values) or (None,))[-1]
-    bottom = _through_moves(graph, graph.producer(values)) if graph.only_consumer(values) is not None else None
-    if bottom is None or not isinstance(size, int) or graph.only_consumer(product.outputs[0]) is None:
+    bottom, split = _through_moves(graph, values)
+    if bottom is None or not isinstance(size, int) or graph.only_consumer(values) is None:
+        return None
+    if graph.only_consumer(product.outputs[0]) is None:
         return None
     made = (shape_of(bottom.outputs[0]) or (None,))[-1]
     if not isinstance(made, int) or graph.only_consumer(bottom.outputs[0]) is None or made % size or channels % made:
         return None
     found = _above(graph, bottom.outputs[0], made, LAST, 3)
-    if found is None or channels == made:
+    if found is None:
+        return None
+    found = replace(found, tensors=(*found.tensors, *split[:-1], *merged))
+    if channels == made:
         return found
     head, place = np.divmod(np.arange(channels), size)
     return replace(found, tie=np.asarray(head // (channels // made) * size + place, np.int64))
 
 
-def _through_moves(graph: Graph, node: Node | None) -> Node | None:
-    """The first node above that is no data movement; None where something else reads what lies between.
+def _through_moves(graph: Graph, tensor: Tensor) -> tuple[Node | None, list[str]]:
+    """The first node above that is no data movement, and the tensors from `tensor` up to its result.
 
-    Also where a Transpose brings another axis to the end: then it is not heads' columns that lie there.
+    None where something else reads what lies between, and where a Transpose brings another axis to the end: then it is
+    not heads' columns that lie there.
     """
+    passed = [tensor.name]
     for _ in range(_FURTHEST):
+        node = graph.producer(tensor)
         if node is None or node.op not in _MOVES:
-            return node
+            return node, passed
         perm = node.attrs.get("perm", [-1])
-        if node.op == "Transpose" and perm[-1] != len(perm) - 1:
-            return None
-        if graph.only_consumer(node.inputs[0]) is None:
-            return None
-        node = graph.producer(node.inputs[0])
-    return None
+        tensor = node.inputs[0]
+        if (node.op == "Transpose" and perm[-1] != len(perm) - 1) or graph.only_consumer(tensor) is None:
+            break
+        passed.append(tensor.name)
+    return None, passed
 
 
 def unused(graph: Graph, name: str, suffix: str) -> str:

@@ -17,6 +17,7 @@ from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
 from onnxq.planner.left import lower_left
 from onnxq.planner.pools import pool_kernel
+from onnxq.planner.products import Product, lower_products
 from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import verdicts
 from onnxq.planner.storing import store
@@ -46,7 +47,8 @@ class Outline:
 
     `ranges_of` are the tensors to calibrate, `known` the ranges that need no data (of constants, of what lies between 0
     and 1 by its operator); `same_as` maps a tensor to the one whose scale it takes (data movement keeps codes as they
-    are); `concats` maps the result of a Concat to what it joins.
+    are); `concats` maps the result of a Concat to what it joins; `halved` are int8 factors whose codes have to stay
+    within -64 and 64, since the target adds up two products in 16 bits.
     """
 
     nodes: dict[str, NodePlan] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Outline:
     known: dict[str, tuple[float, float]] = field(default_factory=dict)
     same_as: dict[str, str] = field(default_factory=dict)
     concats: dict[str, list[str]] = field(default_factory=dict)
+    halved: set[str] = field(default_factory=set)
 
     def want(self, graph: Graph, tensor: Tensor) -> None:
         """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
@@ -64,6 +67,16 @@ class Outline:
             self.known[tensor.name] = float(values.min()), float(values.max())
         else:
             self.ranges_of.append(tensor.name)
+
+    def want_product(self, graph: Graph, product: Product, saturates: bool) -> None:
+        """Note the ranges of both factors; that of a Softmax needs no data."""
+        maker = graph.producer(product.first)
+        if maker is not None and maker.op == "Softmax" and product.first.name not in self.ranges_of:
+            self.known.setdefault(product.first.name, (0.0, 1.0))
+        self.want(graph, product.first)
+        self.want(graph, product.second)
+        if saturates:
+            self.halved.add(product.second.name)
 
 
 _NOTHING = Measured()
@@ -82,6 +95,9 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
     if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
         for tensor in lower_left(graph, found.nodes, decided, recipe.scheme, target):
             found.want(graph, tensor)
+        if recipe.attention == "int8":
+            for product in lower_products(graph, found.nodes, decided, recipe.scheme, target):
+                found.want_product(graph, product, target.saturates)
     if not recipe.scheme.is_float:
         lower_lstms(graph, found.nodes, decided, recipe.scheme, target)
         at_run_time.per_tensor(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)

@@ -47,6 +47,9 @@ def _activations(found: Outline, ranges: Mapping[str, tuple[float, float]], plan
         if low == high == 0.0:
             high = 1.0  # nothing was seen; a scale of 1 would make the biases behind it coarse
         plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
+        if name in found.halved:
+            most = 2 * max(-low, high)
+            plan.activations[name] = affine.choose(-most, most, dtype, symmetric=True)
     _share_in_concats(found, plan)
     for name, (low, high) in found.known.items():
         plan.activations[name] = affine.choose(low, high, dtype)

@@ -22,6 +22,7 @@ CPU = Target(
         ("MatMul", "int"): "QLinearMatMul",
         ("MatMul", "float"): "MatMulIntegerToFloat",
         ("MatMul", "left"): "MatMulIntegerToFloat",
+        ("MatMul", "computed"): "MatMulIntegerToFloat",
         ("MatMul", "tensor"): "DynamicQuantizeMatMul",
         ("MatMul", "token"): "MatMulIntegerToFloat",
         ("Gemm", "int"): "QGemm",

@@ -59,9 +59,11 @@ def test_what_was_measured_is_not_decided_again(tmp_path: Path, monkeypatch: pyt
 
 def test_a_plan_for_another_model_or_scheme_is_refused(tmp_path: Path) -> None:
     model, calib = data("digits_cnn")
-    onnxq.compile(model, tmp_path / "a.onnx", calib=calib, measure=False, save_plan=tmp_path / "plan")
-    with pytest.raises(UsageError, match="made for another model: the two differ in node"):
-        onnxq.compile(data("text_encoder")[0], tmp_path / "b.onnx", plan=tmp_path / "plan")
+    for outliers, differ in (("smooth", "'.*' does not read '.*' in this one"), ("none", "the two differ in node")):
+        onnxq.compile(model, tmp_path / "a.onnx", calib=calib, measure=False, save_plan=tmp_path / "plan", force=True,
+                      outliers=outliers)
+        with pytest.raises(UsageError, match=f"made for another model: {differ}"):
+            onnxq.compile(data("text_encoder")[0], tmp_path / "b.onnx", plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="the plan is for scheme w8a8 on cpu, not for w8a8-dynamic"):
         onnxq.compile(model, tmp_path / "b.onnx", scheme="w8a8-dynamic", plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="holds no plan"):
@@ -76,6 +78,6 @@ def test_a_plan_whose_weights_have_another_shape_is_refused(tmp_path: Path) -> N
         (tmp_path / f"{name}.onnx").write_bytes(model.SerializeToString())
     np.savez(tmp_path / "calib.npz", x=random(64, 32))
     onnxq.compile(tmp_path / "a.onnx", tmp_path / "o.onnx", calib=tmp_path / "calib.npz", measure=False,
-                  save_plan=tmp_path / "plan")
+                  outliers="none", save_plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="made for another model: the weights 'w'"):
         onnxq.compile(tmp_path / "b.onnx", tmp_path / "q.onnx", plan=tmp_path / "plan", measure=False)

@@ -11,6 +11,7 @@ from onnxq.passes.quantize.hard_sigmoid import HardSigmoidToAdd
 from onnxq.passes.quantize.left import QuantizeLeft
 from onnxq.passes.quantize.mean_to_pool import MeanToPool
 from onnxq.passes.quantize.per_token import QuantizePerToken
+from onnxq.passes.quantize.products import QuantizeProducts
 from onnxq.passes.quantize.stored import StoreWeights
 from onnxq.passes.quantize.weights import QuantizeWeights
 
@@ -20,5 +21,5 @@ def quantize() -> list[Pass]:
 
     An LSTM has no form of Q and DQ, which could not reach the states within: its kernel is written here.
     """
-    return [QuantizeDynamic(), QuantizeLSTM(), QuantizePerToken(), QuantizeLeft(), QuantizeBiases(), QuantizeWeights(),
-            StoreWeights(), QuantizeActivations(), HardSigmoidToAdd(), MeanToPool()]
+    return [QuantizeDynamic(), QuantizeLSTM(), QuantizePerToken(), QuantizeLeft(), QuantizeProducts(), QuantizeBiases(),
+            QuantizeWeights(), StoreWeights(), QuantizeActivations(), HardSigmoidToAdd(), MeanToPool()]

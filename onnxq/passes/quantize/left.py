@@ -36,7 +36,7 @@ class QuantizeLeft(Pass):
         if verdict.weight != weight.name:
             return False
         graph.replace_input(node, 0, self._weight(graph, weight, context))
-        graph.replace_input(node, 1, self._activation(graph, x, context))
+        graph.replace_input(node, 1, signed_pair(graph, x, context))
         result = node.outputs[0]
         sums = graph.like(result, f"{node.name}.sums", "float32")
         graph.set_output(node, 0, sums)
@@ -55,14 +55,15 @@ class QuantizeLeft(Pass):
         graph.add_node("DequantizeLinear", f"{name}/dequantize", parts, [decoded])
         return decoded
 
-    @staticmethod
-    def _activation(graph: Graph, x: Tensor, context: Context) -> Tensor:
-        name = f"{x.name}.s8"
-        if not graph.has(f"{name}.q"):
-            params = context.plan.activations[x.name]
-            scale = graph.constant(f"{name}.scale", params.scale)
-            zero_point = graph.constant(f"{name}.zero_point", np.asarray(int(params.zero_point) - _SHIFT, np.int8))
-            codes, decoded = graph.like(x, f"{name}.q", "int8"), graph.like(x, f"{name}.dq", "float32")
-            graph.add_node("QuantizeLinear", f"{name}/quantize", [x, scale, zero_point], [codes])
-            graph.add_node("DequantizeLinear", f"{name}/dequantize", [codes, scale, zero_point], [decoded])
-        return graph.made(f"{name}.dq")
+
+def signed_pair(graph: Graph, x: Tensor, context: Context) -> Tensor:
+    """x rounded to int8 codes and back: those of its uint8 scale, less 128; made once for all its readers."""
+    name = f"{x.name}.s8"
+    if not graph.has(f"{name}.q"):
+        params = context.plan.activations[x.name]
+        scale = graph.constant(f"{name}.scale", params.scale)
+        zero_point = graph.constant(f"{name}.zero_point", np.asarray(int(params.zero_point) - _SHIFT, np.int8))
+        codes, decoded = graph.like(x, f"{name}.q", "int8"), graph.like(x, f"{name}.dq", "float32")
+        graph.add_node("QuantizeLinear", f"{name}/quantize", [x, scale, zero_point], [codes])
+        graph.add_node("DequantizeLinear", f"{name}/dequantize", [codes, scale, zero_point], [decoded])
+    return graph.made(f"{name}.dq")
