@@ -69,18 +69,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cases = find(options.models, options.only or [], Path(scratch))
         except ValueError as error:
             parser.error(str(error))
-        found = [row for case in cases for scheme in options.scheme
-                 for row in run_case(case, scheme, options.variants, settings)]
-    outcomes = check(found)
-    text = "\n\n".join([markdown(found), *(["### Goals", layout.goals(outcomes)] if outcomes else [])])
-    print(f"\n{text}")
+        found: list[dict[str, Any]] = []
+        for case in cases:
+            for scheme in options.scheme:
+                found += run_case(case, scheme, options.variants, settings)
+                outcomes = check(found)
+                _write(found, outcomes, options, settings)  # again for each model: the last ones may be interrupted
+    print(f"\n{_text(found, outcomes)}")
+    return 1 if any(o.met is False for o in outcomes) and not settings.quick else 0
+
+
+def _text(found: list[dict[str, Any]], outcomes: list[goals.Outcome]) -> str:
+    return "\n\n".join([markdown(found), *(["### Goals", layout.goals(outcomes)] if outcomes else [])])
+
+
+def _write(found: list[dict[str, Any]], outcomes: list[goals.Outcome], options: Any, settings: Settings) -> None:
     if options.markdown is not None:
-        options.markdown.write_text(text, encoding="utf-8")
+        options.markdown.write_text(_text(found, outcomes), encoding="utf-8")
     if options.json is not None:
         answer = {"environment": common.where(), "settings": dataclasses.asdict(settings), "rows": found,
                   "goals": [dataclasses.asdict(o) for o in outcomes]}
         options.json.write_text(json.dumps(common.finite(answer), indent=1) + "\n", encoding="utf-8")
-    return 1 if any(o.met is False for o in outcomes) and not settings.quick else 0
 
 
 def check(rows: Sequence[dict[str, Any]]) -> list[goals.Outcome]:
@@ -116,6 +125,7 @@ def run_case(case: models.Case, scheme: str, wanted: Sequence[str] | None, setti
                                output=str(folder / "compiled.onnx"), kept=str(folder / f"{scheme}.kept"),
                                threads=settings.threads, samples=settings.samples, limit=settings.limit)
             rows.append({"model": case.name, "scheme": scheme, "variant": variant, "metric": case.scored_by, **answer})
+            common.say(f"  {_cell(rows[-1])}")
     return rows
 
 
