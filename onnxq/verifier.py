@@ -19,6 +19,7 @@ from onnxq.graph import Graph, dtype_of, is_constant, load, save, stored_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.passes.canonicalize.widen_half import WidenHalf
 from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.transform.smooth import scaled_tensors
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size
@@ -123,7 +124,8 @@ def layer_errors(reference: Graph, compiled: Graph, data: Dataset, batch: int | 
                  options: SessionOptions) -> list[LayerRow]:
     """Float tensors that both models compute, compared in the order of the float graph (accumulated error).
 
-    In the compiled model a tensor x may live on as codes `x.q` with constants `x.scale` and `x.zero_point`.
+    In the compiled model a tensor x may live on as codes `x.q` with constants `x.scale` and `x.zero_point`. Tensors
+    whose channels are scaled there are left out.
     """
     shared = _shared(reference, compiled)
     wanted = {name: stored for name, (_, stored, _) in shared.items()}
@@ -154,10 +156,11 @@ def _shared(reference: Graph, compiled: Graph) -> dict[str, tuple[str, str, Deco
     there = {t.name: t for n in compiled.nodes for t in n.outputs}
     constants = {t.name: t for n in compiled.nodes for t in n.inputs if is_constant(t)}
     found: dict[str, tuple[str, str, Decode | None]] = {}
+    scaled = scaled_tensors(compiled)
     for node in reference.nodes:
         for tensor in node.outputs:
             name = tensor.name
-            if dtype_of(tensor) != np.float32:  # of unknown type: it can't be told apart from integers
+            if name in scaled or dtype_of(tensor) != np.float32:  # of unknown type: not to be told from integers
                 continue
             if name in there:
                 found[name] = (node.op, name, None)

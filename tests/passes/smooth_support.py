@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 from conftest import Opener, apply, assert_same, run, save_checked, text
 
-from onnxq.graph import Graph, Node, shape_of
+from onnxq.graph import Graph, Node, save, shape_of
 from onnxq.passes.absorbing import Absorber, absorber
 from onnxq.passes.manager import Context
-from onnxq.passes.transform.smooth import Smooth
+from onnxq.passes.transform.smooth import Smooth, scaled_tensors
 from onnxq.plan import Plan, Smoothing
 
 Constants = set[tuple[str, int, int]]
@@ -88,9 +88,28 @@ def smoothed(model: onnx.ModelProto, names: str, feed: Mapping[str, Any], opened
     save_checked(graph, path)
     assert_same(run(path, feed), run(model, feed), TOLERANCE)
     assert_same(run(path, feed, optimize=True), run(model, feed), TOLERANCE)
+    _told(opened(model), graph, feed, folder)
     assert apply(Smooth(), graph, Context(plan=again)) == (False, []), "a second run edits nothing"
     assert text(graph) == after
     return graph, plan.smoothings
+
+
+def _told(before: Graph, after: Graph, feed: Mapping[str, Any], folder: Path) -> None:
+    """What the graph names as scaled is, and nothing else of the same name."""
+    made = {t.name for n in after.nodes for t in n.outputs if t.name}
+    names = [t.name for n in before.nodes for t in n.outputs if t.name in made]
+    found = []
+    for name, graph in (("before", before), ("after", after)):
+        save(graph, folder / f"{name}.onnx", extra_outputs=names)
+        found.append(run(folder / f"{name}.onnx", feed))
+    scaled = scaled_tensors(after)
+    assert scaled <= set(names)
+    for name in names:
+        wanted, got = (values[name] for values in found)
+        if name not in scaled:
+            assert_same({name: got}, {name: wanted}, TOLERANCE)
+        else:
+            assert wanted.shape != got.shape or np.abs(wanted - got).max() > 0.01 * np.abs(wanted).max(), name
 
 
 def ops(graph: Graph) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +19,7 @@ from onnxq.plan import Smoothing
 
 Floats = npt.NDArray[np.float32]
 ABSORBED, SMOOTHED = ".absorbed", ".smoothed"
+SCALED = "onnxq.scaled"  # metadata: the tensors, as JSON, whose channels are not those of the float model
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,16 @@ class Smooth(Pass):
         if all(SMOOTHED in n.inputs[1].name for n in layers):
             return False
         if found.source is not None:
-            widen(graph, self._region(graph, x, found), found.source)
+            wide = self._region(graph, x, found)
+            widen(graph, wide, found.source)
+            _tell(graph, wide.tensors)
         if found.absorbed:
             above = absorber(graph, x, frozenset(found.layers), found.factors.size, found.axis)
             if above is None:
                 raise GraphError(f"nothing above {x.name!r} takes the factors of the plan; this is a bug in onnxq")
             for constant in above.constants:
                 _divide(graph, nodes[constant.node], constant, _by_slice(found.factors, above.tie))
+            _tell(graph, above.tensors)
         else:
             smoothed = _mul(graph, x, found.factors)
             for node in layers:
@@ -70,6 +76,15 @@ class Smooth(Pass):
         if wide is None:
             raise GraphError(f"no columns above {x.name!r} can be repeated for the plan; this is a bug in onnxq")
         return wide
+
+
+def scaled_tensors(graph: Graph) -> set[str]:
+    """Names of tensors that hold something else than those of the same names in the float model."""
+    return set(json.loads(graph.metadata.get(SCALED, "[]")))
+
+
+def _tell(graph: Graph, tensors: Iterable[str]) -> None:
+    graph.metadata[SCALED] = json.dumps(sorted(scaled_tensors(graph) | set(tensors)))
 
 
 def _by_slice(s: Floats, tie: npt.NDArray[np.int64] | None) -> Floats:
