@@ -29,9 +29,9 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analys
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
-    "ranges": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto", "keep_float": (),
-    "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
-    "save_plan": None, "plan": None, "dump": None, "dump_after": None}
+    "ranges": None, "outliers": None, "rounding": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0,
+    "format": "auto", "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced",
+    "shapes": {}, "save_plan": None, "plan": None, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
@@ -118,6 +118,9 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--threads", "2"], {"threads": 2}),
     (["--format", "qdq"], {"format": "qdq"}),
     (["--ranges", "mse"], {"ranges": "mse"}),
+    (["--ranges", "auto"], {"ranges": "auto"}),
+    (["--outliers", "none"], {"outliers": "none"}),
+    (["--rounding", "nearest"], {"rounding": "nearest"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
     (["--fallback", "3"], {"fallback": 3}),
     (["--fallback", "0"], {"fallback": 0}),
@@ -224,11 +227,12 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
     calls = replace("resolve", Recipe(scheme("w8a8")))
     compiled = replace("compile", report())
     result = onnxq("compile", "--print-recipe", "--calib", "c.npz", "--samples", "5", "--batch", "2", "--metric", "f1",
-                   "--max-drop", "1%", "--keep-float", "x*", "--threads", "3")
+                   "--max-drop", "1%", "--keep-float", "x*", "--threads", "3", "--outliers", "smooth", "--rounding",
+                   "auto")
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
-                           "ranges": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
-                           "fallback": None})]
+                           "ranges": None, "outliers": "smooth", "rounding": "auto", "metric": "f1",
+                           "max_drop": "1%", "keep_float": ("x*",), "fallback": None})]
     assert compiled == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, UINT4, UINT8, DType
-from onnxq.plan import BOUNDED, FLOORED, GIVEN, STORED, Masking, NodePlan, Plan
+from onnxq.plan import BOUNDED, FLOORED, GIVEN, STORED, Masking, NodePlan, Plan, Smoothing
 
 
 def params(scale: object, zero: object, dtype: DType, axis: int | None = None, block: int | None = None) -> QuantParams:
@@ -33,7 +33,15 @@ def example() -> Plan:
         {"w": params([0.1, 0.2, 0.3], [0, 0, 0], INT8, axis=0),
          "w4": params(np.full((4, 2), 0.25), np.full((4, 2), 8), UINT4, axis=1, block=32)},
         added={"where": -np.inf, "where/2": float(np.finfo(np.float32).min)},
-        maskings={"soft max": Masking("soft max", BOUNDED, -51.125)})
+        maskings={"soft max": Masking("soft max", BOUNDED, -51.125)},
+        smoothings={s.tensor: s for s in (
+            Smoothing("x/1:0", ("conv/1", "conv/2"), np.float32([0.5, 2]), 1, True),
+            Smoothing("h", ("fc",), np.float32([0.5, 1, 2]), -1, False, np.array([0, 1, 1])))},
+        rounded={"w": np.int8([[1], [-127], [3]]), "layers.0/w:0": np.int8([[5]])})
+
+
+def smoothing(plan: Plan, **fields: object) -> None:
+    plan.smoothings["h"] = dataclasses.replace(plan.smoothings["h"], **fields)  # type: ignore[arg-type]
 
 
 def changed(edit: Callable[[Plan], None]) -> Plan:
@@ -58,6 +66,17 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (again.scheme, again.target, again.nodes) == (plan.scheme, plan.target, plan.nodes)
     assert (again.added, again.maskings) == (plan.added, plan.maskings)
     assert list(again.nodes) == list(plan.nodes)
+    assert list(again.smoothings) == list(plan.smoothings)
+    for name, one in again.smoothings.items():
+        like = plan.smoothings[name]
+        assert (one.tensor, one.layers, one.axis, one.absorbed) == (like.tensor, like.layers, like.axis, like.absorbed)
+        np.testing.assert_array_equal(one.factors, like.factors, strict=True)
+        assert (one.source is None) == (like.source is None)
+        if one.source is not None:
+            np.testing.assert_array_equal(one.source, like.source, strict=True)
+    assert again.rounded.keys() == plan.rounded.keys()
+    for name, codes in again.rounded.items():
+        np.testing.assert_array_equal(codes, plan.rounded[name], strict=True)
     for table, wanted in ((again.activations, plan.activations), (again.weights, plan.weights)):
         assert list(table) == list(wanted)
         for name, found in table.items():
@@ -106,6 +125,15 @@ EDITS: dict[str, Callable[[Plan], None]] = {
     "form": lambda p: p.maskings.update({"soft max": Masking("soft max", FLOORED, -51.125)}),
     "fill": lambda p: p.maskings.update({"soft max": Masking("soft max", BOUNDED, -51.0)}),
     "masking": lambda p: p.maskings.clear(),
+    "factors": lambda p: smoothing(p, factors=np.float32([0.5, 1, 2.5])),
+    "source": lambda p: smoothing(p, source=np.array([0, 0, 1])),
+    "no source": lambda p: smoothing(p, source=None),
+    "layers": lambda p: smoothing(p, layers=("fc", "fc2")),
+    "channels' axis": lambda p: smoothing(p, axis=1),
+    "absorbed": lambda p: smoothing(p, absorbed=True),
+    "fewer smoothings": lambda p: p.smoothings.pop("h"),  # type: ignore[arg-type, return-value]
+    "codes": lambda p: p.rounded.update(w=np.int8([[1], [-127], [2]])),
+    "rounded to nearest": lambda p: p.rounded.pop("w"),  # type: ignore[arg-type, return-value]
     "which table": lambda p: p.activations.update(w=p.weights.pop("w")),
 }
 
@@ -122,6 +150,12 @@ def test_a_plan_may_change_masks_alone() -> None:
         assert plan.changes
         assert not plan.quantizes
     assert example().quantizes
+
+
+def test_copies_of_channels() -> None:
+    assert Smoothing("x", ("a",), np.ones(3, np.float32), -1, True).copies.tolist() == [1, 1, 1]
+    source = np.array([0, 1, 1, 1, 2, 2])
+    assert Smoothing("x", ("a",), np.ones(6, np.float32), -1, True, source).copies.tolist() == [1, 3, 3, 3, 2, 2]
 
 
 def test_digests_of_equal_plans_are_equal() -> None:
