@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ from onnxq.numerics import affine, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.rounding import Hessian
 from onnxq.numerics.sampling import View
-from onnxq.numerics.smoothing import Activation
 from onnxq.plan import STATIC, Plan
 from onnxq.planner.readers import Group, activation, groups
 from onnxq.planner.smoothing import Searching
@@ -105,7 +104,7 @@ def _chunks(tasks: dict[tuple[str, View], list[_Task]]) -> list[list[tuple[str, 
 def _decoder(plan: Plan, task: _Task, by: Searching) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
     """What the layer's kernel reads for rows of its input."""
     if plan.nodes[task.node.name].activation != STATIC:
-        spec: Activation = activation(by.scheme)
+        spec = replace(activation(by.scheme), per_row=True)  # of layers of a static scheme, too
         return lambda x: spec.decoded(x, 0.0, 0.0)
     params = plan.activations[task.group.name]
     return lambda x: affine.dequantize(affine.quantize(x, params), params)

@@ -14,8 +14,11 @@ from search_support import PAIRED, Array, Case, case, compiled, sqnr
 
 from onnxq.calibration import observer
 from onnxq.numerics import affine
-from onnxq.plan import Plan
+from onnxq.numerics.rounding import Hessian, gptq
+from onnxq.numerics.smoothing import Activation
+from onnxq.plan import TOKEN, Plan
 from onnxq.planner import ranging, rounding
+from onnxq.planner.outline import Measured, outline
 from onnxq.planner.readers import groups
 from onnxq.planner.scales import finish
 from onnxq.recipe import Outliers, Recipe, scheme
@@ -84,6 +87,19 @@ def test_codes_keep_results_of_other_rows(form: str, target: Any, tmp_path: Path
         rows = found["w"].T if "Conv" not in form else np.moveaxis(found["w"], 1, -1).reshape(N, -1)
         one, other = rows[:, 0::2].astype(int), rows[:, 1::2].astype(int)
         assert ((np.abs(one + other) <= 128) | (one * other <= 0)).all(), "what a kernel adds in 16 bits"
+
+
+def test_a_layer_of_a_static_scheme_with_scales_per_row(tmp_path: Path) -> None:
+    """Its codes are from rows as its kernel reads them, whose sizes differ a hundredfold here."""
+    x = together(256, 4, K) * np.geomspace(0.05, 5, 256).reshape(-1, 1, 1).astype(np.float32)
+    of = case(linear(), tmp_path, x)
+    of.found = outline(of.graph, Recipe(scheme("w8a8")), of.by.target, Measured(per_token={"fc": "why"}))
+    plan = planned(of)
+    assert plan.nodes["fc"].activation == TOKEN
+    hessian = Hessian()
+    hessian.update(Activation(per_row=True).decoded(x.reshape(-1, K), 0, 0))
+    wanted = gptq(weight(of), hessian.result(), plan.weights["w"], rounding._DAMPING)
+    np.testing.assert_array_equal(rounding.round_weights(of.graph, plan, of.by)["w"], wanted)
 
 
 def test_inputs_that_move_apart_are_rounded_to_nearest(tmp_path: Path) -> None:
