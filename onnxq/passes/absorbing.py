@@ -147,8 +147,19 @@ def _heads(graph: Graph, tensor: Tensor, channels: int) -> Absorber | None:
     found = replace(found, tensors=(*found.tensors, *split[:-1], *merged))
     if channels == made:
         return found
+    if made != size and not _one_after_the_other(graph, values):
+        return None
     head, place = np.divmod(np.arange(channels), size)
     return replace(found, tie=np.asarray(head // (channels // made) * size + place, np.int64))
+
+
+def _one_after_the_other(graph: Graph, values: Tensor) -> bool:
+    """Whether an Expand above, if there is one, repeats each head by itself: [B, G, 1, S, D] to [B, G, H/G, S, D]."""
+    node = graph.producer(values)
+    while node is not None and node.op in _MOVES and node.op != "Expand":
+        node = graph.producer(node.inputs[0])
+    dims = shape_of(node.inputs[0]) if node is not None and node.op == "Expand" else (0, 0, 1, 0, 0)
+    return dims is not None and len(dims) == 5 and dims[2] == 1
 
 
 def _through_moves(graph: Graph, tensor: Tensor) -> tuple[Node | None, list[str]]:

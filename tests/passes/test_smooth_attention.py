@@ -121,6 +121,7 @@ def test_a_matrix_of_weights_without_heads(opened: Opener, tmp_path: Path) -> No
 
 # ------------------------------------------------------------------ near misses
 
+TILED = {"two": np.array([1]), "times": np.array([1, HEADS // 2, 1, 1, 1])}
 ACROSS = [*heads("q", HEADS, (0, 2, 3, 1)), *heads("k", HEADS), *heads("v", HEADS, (0, 2, 3, 1))]
 STAYS: dict[str, onnx.ModelProto] = {
     "the values are an output": attention([*PLAIN, *KEYS, *SCORES, *PRODUCT, *MERGE], outputs=("y", "vh")),
@@ -137,6 +138,9 @@ STAYS: dict[str, onnx.ModelProto] = {
         *ACROSS, node("MatMul", "qh kh2", "s"), node("Transpose", "kh", "kh2", perm=[0, 1, 2, 3]),
         node("Softmax", "s", "p", axis=-1), node("MatMul", "p vh", "o"),
         node("Transpose", "o", "om", perm=[0, 3, 1, 2]), node("Reshape", "om flat", "t")]),
+    "groups of heads are repeated as a whole": attention([
+        *heads("q", HEADS), *heads("k", HEADS, (0, 2, 3, 1)), *KEYS, *heads("v", 2), *SCORES, *repeated("v", 2, "r"),
+        node("MatMul", "p r", "o"), *MERGE], 2, kw=random(WIDE, HEADS * D, seed=1), kb=random(HEADS * D), **TILED),
     "heads are merged column by column": attention([
         *PLAIN, *KEYS, *SCORES, *PRODUCT, node("Transpose", "o", "om", perm=[0, 2, 3, 1]),
         node("Reshape", "om flat", "t")]),
