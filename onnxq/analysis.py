@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import UsageError
@@ -51,7 +52,13 @@ def analyze(model: str | Path, *, calib: Any, scheme: str = AUTO, recipe: Recipe
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges)
     if chosen.scheme.is_float:
         raise UsageError("nothing is quantized under the scheme float; name another one with --scheme or in the recipe")
-    here, bar = target_here(target), progress or Silent()
+    with threadpool_limits(1, "blas"):  # as in compile()
+        return _analyzed(model, chosen, calib, target, threads, progress or Silent())
+
+
+def _analyzed(model: str | Path, chosen: Recipe, calib: Any, target: str, threads: int, bar: Progress,
+              ) -> dict[str, Any]:
+    here = target_here(target)
     bar.stage("load")
     graph = load(model)
     data = open_data(calib, graph.ports(), how=chosen.data)

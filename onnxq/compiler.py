@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from onnxq import verification
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.calibration.shapes import resized
@@ -93,7 +95,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         Path(save_plan) if save_plan is not None else None, objective,
         {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in (shapes or {}).items()})
     check(request, force)
-    return _Compilation(request, progress or Silent()).run()
+    with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
+        return _Compilation(request, progress or Silent()).run()
 
 
 class _Compilation:
