@@ -43,7 +43,7 @@ class Smoothed:
         """For the report."""
         how = "by the constants above" if self.rewrite.absorbed else "by a Mul"
         if self.rewrite.source is not None:
-            how = f"{self.rewrite.source.size - int(self.rewrite.source.max()) - 1} copies of channels and {how}"
+            how += f" and {self.rewrite.source.size - int(self.rewrite.source.max()) - 1} copies of channels"
         before, after = (-10 * float(np.log10(max(e, 1e-30))) for e in (self.found.plain, self.found.error))
         return (f"its input's outliers are moved into its weights {how} (alpha {self.found.alpha:g}, beta "
                 f"{self.found.beta:g}): {before:.1f} to {after:.1f} dB on data not searched on")
@@ -100,12 +100,13 @@ def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample]
     search = smoothing.Search(layers, spec, seen.low, seen.high, way.above.tie if way.above is not None else None)
     found = search.run(by.outliers.alpha, by.outliers.beta)
     s, source = search.factors(found.alpha, found.beta, low, high), None
-    split = _wider(layers, seen, spec, group, by) if way.wider and by.outliers.split else None
-    if split is not None and 10 * np.log10(found.error / split[1].error) > _LEAST_GAIN_OF_SPLIT:
-        wide, found = split[0], replace(split[1], plain=found.plain)
+    wide = _wider(layers, seen, spec, group, by) if way.wider and by.outliers.split else None
+    if wide is not None and replace(wide, plain=found.error).gain_db > _LEAST_GAIN_OF_SPLIT:
+        found = replace(wide, plain=found.plain)
         source = smoothing.split(low, high, _extra(group))
         copies = _copies(source)
-        s = np.asarray(wide.factors(found.alpha, found.beta, low[source] / copies, high[source] / copies) * copies)
+        sizes = smoothing.extreme(low, high)[source] / copies
+        s = np.asarray(smoothing.factors(sizes, search.weights[source], found.alpha, found.beta) * copies)
     least = _LEAST_GAIN if way.above is not None else _LEAST_GAIN_OF_MUL
     if found.gain_db < least:
         return None
@@ -115,13 +116,13 @@ def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample]
 
 
 def _wider(layers: list[smoothing.Reader], seen: Sample, spec: smoothing.Activation, group: Group,
-           by: Searching) -> tuple[smoothing.Search, smoothing.Found]:
-    """The search with the largest channels repeated, each copy with its share of the values."""
+           by: Searching) -> smoothing.Found:
+    """The best factors with the largest channels repeated, each copy with its share of the values."""
     source = smoothing.split(seen.low, seen.high, _extra(group))
     copies = _copies(source)
     search = smoothing.Search([smoothing.Reader(layer.rows[:, source] / copies, layer.weight[source], layer.decoded)
                                for layer in layers], spec, seen.low[source] / copies, seen.high[source] / copies)
-    return search, search.run(by.outliers.alpha, by.outliers.beta)
+    return search.run(by.outliers.alpha, by.outliers.beta)
 
 
 def _extra(group: Group) -> int:

@@ -41,9 +41,9 @@ def found(of: Case) -> dict[str, Smoothed]:
 @pytest.mark.parametrize(("model", "x", "layer", "how", "notice"), [
     (normed(), ROWS, "fc", "by the constants above", ""),
     (linear(), plain(), "fc", "by a Mul", " (1 by a Mul)"),
-    (perceptron("Relu"), random(512, 4, 16), "down", "16 copies of channels and by the constants above",
+    (perceptron("Relu"), random(512, 4, 16), "down", "by the constants above and 16 copies of channels",
      " (1 with channels repeated)"),
-    (perceptron(), random(512, 4, 16), "down", "16 copies of channels and by a Mul",
+    (perceptron(), random(512, 4, 16), "down", "by a Mul and 16 copies of channels",
      " (1 by a Mul, 1 with channels repeated)"),
 ], ids=["normed", "input", "Relu", "Gelu"])
 def test_errors_fall_and_the_plan_says_so(model: onnx.ModelProto, x: Array, layer: str, how: str, notice: str,
@@ -98,6 +98,21 @@ def test_factors_are_of_all_the_data(tmp_path: Path) -> None:
     s = found(of)["x"].rewrite.factors
     extreme = np.abs(x).max(axis=(0, 1))
     np.testing.assert_allclose(s / s[0], extreme / extreme[0], rtol=1e-5)
+
+
+def test_factors_of_copies_are_of_the_channels_that_they_copy(tmp_path: Path) -> None:
+    """Where the odd half alone has the largest values of a channel, other channels are copied in the end."""
+    model, x = perceptron("Relu"), random(256, 4, 16)
+    x[1, 0] = 20 * random(16, K, seed=2)[:, 20]  # makes channel 20 large
+    of = case(model, tmp_path, x, outliers=Outliers(alpha=0.1, beta=0.3))
+    one = found(of)["t"].rewrite
+    up, w = (of.graph.read(n.inputs[1]) for n in of.graph.nodes if n.op == "MatMul")
+    hidden = np.maximum(x.reshape(-1, 16) @ up, 0)
+    assert one.source is not None
+    assert one.copies[one.source == 20][0] > 1
+    sizes = hidden.max(axis=0)[one.source] / one.copies
+    wanted = sizes**0.1 / np.abs(w).max(axis=1)[one.source]**0.3 * one.copies
+    np.testing.assert_allclose(one.factors / one.factors[0], wanted / wanted[0], rtol=1e-4)
 
 
 def test_switches(tmp_path: Path) -> None:
