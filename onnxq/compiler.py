@@ -81,10 +81,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     here = target_here(target)
     if format == "qdq":  # for other runtimes, too: standard operators alone
         here = replace(here, fused=frozenset())
-    if format not in FORMATS:
-        raise UsageError(f"there is no format {format!r}; use one of {', '.join(FORMATS)}")
-    if objective not in OBJECTIVES:
-        raise UsageError(f"there is no objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
+    for what, value, known in (("format", format, FORMATS), ("objective", objective, OBJECTIVES)):
+        if value not in known:
+            raise UsageError(f"there is no {what} {value!r}; use one of {', '.join(known)}")
     coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
         model, destination, chosen, here, SessionOptions(here.provider, threads),
