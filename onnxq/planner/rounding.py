@@ -25,10 +25,15 @@ _WIDEST = 6144  # inputs of a layer: the work grows with the cube
 _PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
 _BETTER = 0.95  # times the squared error of rounding to nearest, on the other half of the data
 _DAMPING = 0.05
+_LEAST = 1e-30  # of a row's size
 
 
 class _Half:
-    """The Hessian of what layers read of one half of the data, as its codes say."""
+    """The Hessian of what layers read of one half of the data, as its codes say.
+
+    Rows larger than the median of a batch are brought to its size: a few tokens, a hundred times as large as others,
+    would decide every code.
+    """
 
     def __init__(self, view: View, decoded: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
         self.view, self.decoded, self.hessian = view, decoded, Hessian()
@@ -40,7 +45,9 @@ class _Half:
         if self.view.kernel and count > _PATCHES:
             wanted = self._random.choice(count, _PATCHES, replace=False)
         if count:
-            self.hessian.update(self.decoded(self.view.rows(x, wanted)))
+            rows = self.decoded(self.view.rows(x, wanted))
+            sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+            self.hessian.update(rows / np.maximum(sizes, max(float(np.median(sizes)), _LEAST)))
 
 
 class _Halves:

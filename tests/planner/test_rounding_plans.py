@@ -90,14 +90,19 @@ def test_codes_keep_results_of_other_rows(form: str, target: Any, tmp_path: Path
 
 
 def test_a_layer_of_a_static_scheme_with_scales_per_row(tmp_path: Path) -> None:
-    """Its codes are from rows as its kernel reads them, whose sizes differ a hundredfold here."""
+    """Its codes are from rows as its kernel reads them, whose sizes differ a hundredfold here: larger ones than the
+    median of a half of a batch (64 samples) count as that."""
     x = together(256, 4, K) * np.geomspace(0.05, 5, 256).reshape(-1, 1, 1).astype(np.float32)
     of = case(linear(), tmp_path, x)
     of.found = outline(of.graph, Recipe(scheme("w8a8")), of.by.target, Measured(per_token={"fc": "why"}))
     plan = planned(of)
     assert plan.nodes["fc"].activation == TOKEN
     hessian = Hessian()
-    hessian.update(Activation(per_row=True).decoded(x.reshape(-1, K), 0, 0))
+    for batch in np.split(x, 4):
+        for half in (batch[0::2], batch[1::2]):
+            rows = Activation(per_row=True).decoded(half.reshape(-1, K), 0, 0)
+            sizes = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
+            hessian.update(rows / np.maximum(sizes, np.median(sizes)))
     wanted = gptq(weight(of), hessian.result(), plan.weights["w"], rounding._DAMPING)
     np.testing.assert_array_equal(rounding.round_weights(of.graph, plan, of.by)["w"], wanted)
 
