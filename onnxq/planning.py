@@ -19,6 +19,7 @@ from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.planner import alone, correction, masks, ranging, rounding, sensitivity, smoothing
+from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, Outline, outline
 from onnxq.planner.ranging import escaped
@@ -120,7 +121,7 @@ class Planning:
     def _by(self) -> Searching:
         assert self.calib is not None
         return Searching(self.recipe.scheme, self.target, self.recipe.outliers, self.calib, self.recipe.calibration,
-                         self.options, self.progress.step)
+                         self.options, self.progress.step, normalises_rows(self.base))
 
     def _observe(self, found: Outline, moments: Mapping[str, Moments] = MappingProxyType({})) -> None:
         """Find the ranges that are not known yet, with `moments` of tensors in the same run over the data."""

@@ -105,13 +105,14 @@ def extreme(low: npt.ArrayLike, high: npt.ArrayLike) -> npt.NDArray[np.float64]:
 
 
 def error(readers: Sequence[Reader], activation: Activation, s: Floats, low: float, high: float,
-          results: Sequence[Floats]) -> float:
+          results: Sequence[Floats], alike: bool = True) -> float:
     """The squared error of the readers' quantized results relative to the float `results`, averaged over rows and
     readers.
 
-    s [C] are the factors; low and high the range of x / s. Each row counts by what it is itself: normalisations behind
-    a layer bring rows to one size, so that the error of a row of outliers, a hundred times as large as others, tells
-    nothing about those. Rows below the median count as if they were as large as that.
+    s [C] are the factors; low and high the range of x / s. `alike`: each row counts by what it is itself, as where
+    normalisations behind a layer bring rows to one size: the error of a row of outliers, a hundred times as large as
+    others, then tells nothing about those. Rows below the median count as if they were as large as that. Otherwise
+    all rows count by their mean.
     """
     total = 0.0
     for reader, wanted in zip(readers, results, strict=True):
@@ -119,8 +120,8 @@ def error(readers: Sequence[Reader], activation: Activation, s: Floats, low: flo
         x = activation.decoded(reader.rows / columns, low, high)
         off = x @ reader.decoded(reader.weight * columns[:, None]) - wanted
         energy = np.square(wanted).sum(axis=1, dtype=np.float64)
-        floor = max(float(np.median(energy)), 1e-30)
-        total += float(np.mean(np.square(off).sum(axis=1, dtype=np.float64) / np.maximum(energy, floor)))
+        size = np.maximum(energy, np.median(energy)) if alike else energy.mean()
+        total += float(np.mean(np.square(off).sum(axis=1, dtype=np.float64) / np.maximum(size, 1e-30)))
     return total / len(readers)
 
 
@@ -128,7 +129,8 @@ def error(readers: Sequence[Reader], activation: Activation, s: Floats, low: flo
 class Search:
     """Searches alpha and beta for readers of one tensor whose extremes, low and high [C], other rows gave.
 
-    `tie` [C] names the source channel of each channel, where several have to share a factor (grouped heads).
+    `tie` [C] names the source channel of each channel, where several have to share a factor (grouped heads); `alike`
+    says how rows count (see error).
     """
 
     readers: Sequence[Reader]
@@ -136,6 +138,7 @@ class Search:
     low: Floats
     high: Floats
     tie: npt.NDArray[np.int64] | None = None
+    alike: bool = True
     tried: dict[tuple[float, float], float] = field(default_factory=dict, init=False)
 
     def run(self, alpha: float | None = None, beta: float | None = None) -> Found:
@@ -168,7 +171,8 @@ class Search:
         if pair not in self.tried:
             s = self.factors(*pair, self.low, self.high)
             low, high = float((self.low / s).min()), float((self.high / s).max())
-            self.tried[pair] = error(self.readers, self.activation, s, low, high, self.results)
+            self.tried[pair] = error(self.readers, self.activation, s, low, high, self.results,
+                                     self.alike)
         return self.tried[pair]
 
     def factors(self, alpha: float, beta: float, low: Floats, high: Floats) -> Floats:

@@ -86,14 +86,15 @@ def _best(graph: Graph, group: Group, halves: Halves, known: Mapping[str, Method
     layers, spec = readers(graph, group, samples[1], by.scheme, by.target), activation(by.scheme)
     results, ones = [layer.results() for layer in layers], np.ones(group.channels, np.float32)
     rounded = [layer.settled() for layer in layers]
-    errors = {name: smoothing.error(rounded, spec, ones, *method(halves.histograms[0]), results)
+    errors = {name: smoothing.error(rounded, spec, ones, *method(halves.histograms[0]), results, by.alike)
               for name, method in known.items()}
     best = min(errors, key=lambda name: errors[name])
     method = best if errors[best] < _BETTER * errors[MINMAX] else MINMAX
-    by_row = None
-    if group.axis != 1:
-        by_row = smoothing.error(rounded, replace(spec, per_row=True), ones, 0.0, 0.0, results)
-    return Chosen((0.0, 0.0), method, errors[method], by_row)
+    if group.axis == 1:
+        return Chosen((0.0, 0.0), method, errors[method])
+    for_all = smoothing.error(rounded, spec, ones, *known[method](halves.histograms[0]), results)
+    by_row = smoothing.error(rounded, replace(spec, per_row=True), ones, 0.0, 0.0, results)
+    return Chosen((0.0, 0.0), method, for_all, by_row)
 
 
 def escaped(group: Group, chosen: Chosen, recipe: Recipe, target: Target) -> dict[str, str]:

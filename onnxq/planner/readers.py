@@ -27,7 +27,7 @@ from onnxq.targets import Target
 Floats = npt.NDArray[np.float32]
 
 _MOST_BYTES = 256 << 20  # of rows that are held at once; a larger model is sampled in several runs
-_ROWS = 768  # per half of the data; more change nothing (measured: 384 to 2,000 rows)
+_ROWS = 512  # per half of the data; more change nothing (measured: 384 to 2,000 rows)
 _OUTPUTS = 1024  # of a layer, as many as are tried out: a head's vocabulary has a hundred times more
 _BINS = 2048
 _PATCH_BYTES = 8 << 20  # of one Conv's patches, whose rows are long

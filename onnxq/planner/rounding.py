@@ -19,6 +19,7 @@ from onnxq.planner.readers import Group, activation, groups
 from onnxq.planner.smoothing import Searching
 
 Codes = npt.NDArray[np.int8]
+Decoder = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
 _MOST_BYTES = 512 << 20  # of Hessians that are held at once
 _WIDEST = 6144  # inputs of a layer: the work grows with the cube
@@ -31,12 +32,12 @@ _LEAST = 1e-30  # of a row's size
 class _Half:
     """The Hessian of what layers read of one half of the data, as its codes say.
 
-    Rows larger than the median of a batch are brought to its size: a few tokens, a hundred times as large as others,
-    would decide every code.
+    `alike`: rows larger than the median of a batch are brought to its size, or a few tokens, a hundred times as large
+    as others, would decide every code.
     """
 
-    def __init__(self, view: View, decoded: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
-        self.view, self.decoded, self.hessian = view, decoded, Hessian()
+    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
+        self.view, self.decoded, self.alike, self.hessian = view, decoded, alike, Hessian()
         self._random = np.random.default_rng(0)
 
     def update(self, x: npt.NDArray[np.float32]) -> None:
@@ -46,13 +47,15 @@ class _Half:
             wanted = self._random.choice(count, _PATCHES, replace=False)
         if count:
             rows = self.decoded(self.view.rows(x, wanted))
-            sizes = np.linalg.norm(rows, axis=1, keepdims=True)
-            self.hessian.update(rows / np.maximum(sizes, max(float(np.median(sizes)), _LEAST)))
+            if self.alike:
+                sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+                rows = rows / np.maximum(sizes, max(float(np.median(sizes)), _LEAST))
+            self.hessian.update(rows)
 
 
 class _Halves:
-    def __init__(self, view: View, decoded: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]) -> None:
-        self.halves = _Half(view, decoded), _Half(view, decoded)
+    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
+        self.halves = _Half(view, decoded, alike), _Half(view, decoded, alike)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
                 tasks.setdefault((group.name, view), []).append(task)
     found: dict[str, Codes] = {}
     for chunk in _chunks(tasks):
-        running = {key: _Halves(key[1], _decoder(plan, tasks[key][0], by)) for key in chunk}
+        running = {key: _Halves(key[1], _decoder(plan, tasks[key][0], by), by.alike) for key in chunk}
         observer.fold(graph, {}, by.data, by.how, by.options, by.progress,
                       [{name: one} for (name, _), one in running.items()])
         for key in chunk:
@@ -108,7 +111,7 @@ def _chunks(tasks: dict[tuple[str, View], list[_Task]]) -> list[list[tuple[str, 
     return chunks
 
 
-def _decoder(plan: Plan, task: _Task, by: Searching) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+def _decoder(plan: Plan, task: _Task, by: Searching) -> Decoder:
     """What the layer's kernel reads for rows of its input."""
     if plan.nodes[task.node.name].activation != STATIC:
         spec = replace(activation(by.scheme), per_row=True)  # of layers of a static scheme, too

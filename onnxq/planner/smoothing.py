@@ -51,7 +51,8 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Searching:
-    """What a search needs besides the graph."""
+    """What a search needs besides the graph. `alike`: whether rows count by what each is itself, as in a model that
+    normalises them."""
 
     scheme: Scheme
     target: Target
@@ -60,6 +61,7 @@ class Searching:
     how: Calibration
     options: SessionOptions
     progress: Callable[[int], None] | None = None
+    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample]
     low: Floats = np.minimum(seen.low, unseen.low)
     high: Floats = np.maximum(seen.high, unseen.high)
     layers, spec = readers(graph, group, unseen, by.scheme, by.target), activation(by.scheme)
-    search = smoothing.Search(layers, spec, seen.low, seen.high, way.above.tie if way.above is not None else None)
+    search = smoothing.Search(layers, spec, seen.low, seen.high,
+                              way.above.tie if way.above is not None else None, by.alike)
     found = search.run(by.outliers.alpha, by.outliers.beta)
     s, source = search.factors(found.alpha, found.beta, low, high), None
     wide = _wider(layers, seen, spec, group, by) if way.wider and by.outliers.split else None
@@ -121,7 +124,8 @@ def _wider(layers: list[smoothing.Reader], seen: Sample, spec: smoothing.Activat
     source = smoothing.split(seen.low, seen.high, _extra(group))
     copies = _copies(source)
     search = smoothing.Search([smoothing.Reader(layer.rows[:, source] / copies, layer.weight[source], layer.decoded)
-                               for layer in layers], spec, seen.low[source] / copies, seen.high[source] / copies)
+                               for layer in layers], spec, seen.low[source] / copies, seen.high[source] / copies,
+                              alike=by.alike)
     return search.run(by.outliers.alpha, by.outliers.beta)
 
 

@@ -103,9 +103,11 @@ def linear(**stored: Any) -> onnx.ModelProto:
 
 
 def perceptron(activation: str = "Gelu") -> onnx.ModelProto:
-    """x [rows, 4, 16] up to K channels, of which one is an outlier, and down again."""
+    """x [rows, 4, 16] up to K channels, of which one is an outlier, down again, and normalised."""
     up = random(16, K, seed=2)
     up[:, LARGE[0]] *= 60
     return make_model([node("MatMul", "x u", "h", name="up"), node(activation, "h", "t"),
-                       node("MatMul", "t w", "y", name="down")],
-                      {"x": ["rows", 4, 16]}, {"y": ["rows", 4, N]}, {"u": up, "w": random(K, N)}, opset=20)
+                       node("MatMul", "t w", "d", name="down"), node("LayerNormalization", "d ones zeros", "y")],
+                      {"x": ["rows", 4, 16]}, {"y": ["rows", 4, N]},
+                      {"u": up, "w": random(K, N), "ones": np.ones(N, np.float32), "zeros": np.zeros(N, np.float32)},
+                      opset=20)
