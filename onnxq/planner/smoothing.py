@@ -24,8 +24,8 @@ from onnxq.recipe import Calibration, Outliers, Scheme
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import Target
 
-# what it has to gain at the layers' results, in dB: a Mul takes time, and any change is one
-_LEAST_GAIN, _LEAST_GAIN_OF_MUL, _LEAST_GAIN_OF_SPLIT = 0.3, 1.0, 0.5
+# what it has to gain at the layers' results, in dB: less than that is noise of the sample, and any change is one
+_LEAST_GAIN, _LEAST_GAIN_OF_SPLIT = 1.0, 0.5
 _SAME_DB = 50.0  # roundings of a deep model in another order leave 80 and more
 Floats = npt.NDArray[np.float32]
 
@@ -110,8 +110,7 @@ def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample]
         copies = _copies(source)
         sizes = smoothing.extreme(low, high)[source] / copies
         s = np.asarray(smoothing.factors(sizes, search.weights[source], found.alpha, found.beta) * copies)
-    least = _LEAST_GAIN if way.above is not None else _LEAST_GAIN_OF_MUL
-    if found.gain_db < least:
+    if found.gain_db < _LEAST_GAIN:
         return None
     names = tuple(n.name for n in group.layers)
     rewrite = Smoothing(group.name, names, s, group.axis, way.above is not None, source)
