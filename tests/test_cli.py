@@ -717,6 +717,7 @@ def test_interrupted_for_real(tmp_path):
     (tmp_path / "rows.py").write_text(
         "import os, signal\n"
         "def give():\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    yield {}\n")
     before = sorted(tmp_path.iterdir())
