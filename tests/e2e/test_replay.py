@@ -58,12 +58,12 @@ def test_what_was_measured_is_not_decided_again(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_plan_for_another_model_or_scheme_is_refused(tmp_path: Path) -> None:
-    model, calib = data("digits_cnn")
+    model, calib = data("text_encoder")
     for outliers, differ in (("smooth", "'.*' does not read '.*' in this one"), ("none", "the two differ in node")):
         onnxq.compile(model, tmp_path / "a.onnx", calib=calib, measure=False, save_plan=tmp_path / "plan", force=True,
                       outliers=outliers)
         with pytest.raises(UsageError, match=f"made for another model: {differ}"):
-            onnxq.compile(data("text_encoder")[0], tmp_path / "b.onnx", plan=tmp_path / "plan")
+            onnxq.compile(data("digits_cnn")[0], tmp_path / "b.onnx", plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="the plan is for scheme w8a8 on cpu, not for w8a8-dynamic"):
         onnxq.compile(model, tmp_path / "b.onnx", scheme="w8a8-dynamic", plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="holds no plan"):
