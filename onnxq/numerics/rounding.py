@@ -9,7 +9,7 @@ A *level* is a code less its zero point, so w ~ level * scale; `exact` is w / sc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -144,36 +144,9 @@ def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, dampi
     return grid.codes(params)
 
 
-def descend(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: QuantParams, hessian: Floats, passes: int = 8,
-            block: int = 128, lowest: int | None = None, pairs: bool = False) -> npt.NDArray[Any]:
-    """Codes [K, N] that no change of a single one improves, or what `passes` sweeps over the inputs make of `codes`.
-
-    Given all others, the error is a parabola in the level of input k, its bottom at level_k - (H e)_k / H_kk; the code
-    is moved to the nearest allowed integer, unless it is as near already. So output_error never rises in any column.
-    Columns that a whole sweep left alone are done. Inputs with a diagonal of 0 keep their codes. The start decides
-    where it ends: gptq's codes are a better one than nearest. A caller who has few rows passes a `damped` hessian.
-
-    w, params, hessian, lowest and pairs are those of gptq. Source: the layer's problem of AdaRound (arXiv 2004.10568)
-    over all codes instead of two neighbours, by coordinate descent as in CDQuant (arXiv 2406.17542), in cyclic order.
-    ValueError as there, and for `codes` that are outside of what `lowest` and `pairs` allow.
-    """
-    grid = _grid(w, params, hessian, lowest, pairs, codes)
-    if not grid.holds():
-        raise ValueError("the codes to start from break the limits asked for; start from those of gptq")
-    active = np.arange(grid.exact.shape[1])
-    for _ in range(passes):
-        part = grid.columns(active)
-        moved = _sweep(part, hessian, block)
-        grid.levels[:, active] = part.levels
-        active = active[moved]
-        if not active.size:
-            break
-    return grid.codes(params)
-
-
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """Levels of a weight, to be chosen or improved in place: exact and levels [K, N], the others [N]."""
+    """Levels of a weight, to be chosen in place: exact and levels [K, N], the others [N]."""
 
     exact: Floats
     levels: Floats
@@ -195,17 +168,6 @@ class _Grid:
         other = self.levels[k ^ 1]  # 0, which limits nothing, while it is not chosen
         low = np.maximum(self.low, -PAIR - np.minimum(other, 0.0))
         return low, np.minimum(self.high, PAIR - np.maximum(other, 0.0))
-
-    def holds(self) -> bool:
-        """Whether all levels are allowed."""
-        return all(bool((low <= level).all() and (level <= high).all())
-                   for k, level in enumerate(self.levels) for low, high in [self.limits(k)])
-
-    def columns(self, chosen: npt.NDArray[np.intp]) -> _Grid:
-        """A copy of some columns."""
-        parts = {name: getattr(self, name)[..., chosen]
-                 for name in ("exact", "levels", "scale", "zero_point", "low", "high")}
-        return replace(self, **parts)
 
     def codes(self, params: QuantParams) -> npt.NDArray[Any]:
         """The levels as codes."""
@@ -230,20 +192,17 @@ def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowe
     scale, zero_point = (np.broadcast_to(part.reshape(-1).astype(np.float64), w.shape[1:])
                          for part in (params.scale, params.zero_point))
     levels = np.zeros(w.shape) if codes is None else codes - zero_point
-    least = _least(w, params, lowest, codes) - zero_point
+    least = _least(w, params, lowest) - zero_point
     return _Grid(w / scale, levels, scale, zero_point, least, params.dtype.qmax - zero_point, pairs)
 
 
-def _least(w: npt.NDArray[np.float32], params: QuantParams, lowest: int | None, codes: npt.NDArray[Any] | None
-           ) -> Floats:
-    """The least code [N] that may be chosen: see `lowest` of gptq; what `codes` use is allowed, too."""
+def _least(w: npt.NDArray[np.float32], params: QuantParams, lowest: int | None) -> Floats:
+    """The least code [N] that may be chosen: see `lowest` of gptq."""
     if lowest is not None:
         if not params.dtype.qmin <= lowest <= params.zero_point.min(initial=params.dtype.qmax):
             raise ValueError(f"lowest is {lowest}; use a code of {params.dtype.name} up to the zero point")
         return np.full(w.shape[1], float(lowest))
     used = (quantize(w, params) == params.dtype.qmin).any(axis=0)
-    if codes is not None:
-        used |= (codes == params.dtype.qmin).any(axis=0)
     return np.where(used, float(params.dtype.qmin), params.dtype.qmin + 1.0)
 
 
@@ -275,24 +234,3 @@ def _round_in_turn(grid: _Grid, order: npt.NDArray[np.intp], feedback: Floats, b
             j = first + i
             grid.levels[k] = grid.fit(k, wanted[i] - feedback[j, first:j] @ errors[first:j])
             errors[j] = grid.levels[k] - grid.exact[k]
-
-
-def _sweep(grid: _Grid, hessian: Floats, block: int) -> npt.NDArray[np.bool_]:
-    """Move each input's levels to the best ones, given all others, in turn; which columns [N] had any moved."""
-    errors = grid.levels - grid.exact
-    moved = np.zeros(errors.shape[1], bool)
-    for first in range(0, len(errors), block):
-        rows = slice(first, first + block)
-        slopes = hessian[rows] @ errors  # anew for each block, so that roundings don't add up
-        change = np.zeros_like(slopes)
-        for i, slope in enumerate(slopes):
-            k = first + i
-            if hessian[k, k] <= 0:
-                continue
-            best = grid.levels[k] - (slope + hessian[k, first:k] @ change[:i]) / hessian[k, k]
-            new = grid.fit(k, best)
-            change[i] = np.where(np.abs(new - best) < np.abs(grid.levels[k] - best), new - grid.levels[k], 0.0)
-            grid.levels[k] += change[i]
-        errors[rows] += change
-        moved |= change.any(axis=0)
-    return moved
