@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 
 LAST = -1  # channels along the last axis; along axis 1 it is 1
-_NORMS = {"LayerNormalization": 1, "RMSNormalization": 1, "SimplifiedLayerNormalization": 1, "BatchNormalization": 1}
+_ROW_NORMS = frozenset({"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"})
 _HOMOGENEOUS = frozenset({"LeakyRelu", "Relu"})
 _BY_CHANNEL = frozenset({"AveragePool", "Dropout", "GlobalAveragePool", "Identity", "MaxPool"})
 _MOVES = frozenset({"Expand", "Reshape", "Transpose", "Unsqueeze"})
@@ -77,18 +77,10 @@ def _further(graph: Graph, tensor: Tensor, channels: int, axis: int, left: int) 
 
 def _own(graph: Graph, node: Node, channels: int, axis: int) -> Absorber | None:
     """The weights and bias of the node itself, if the channels are what it makes by them."""
-    if node.op in _NORMS and (node.op == "BatchNormalization") == (axis == 1):
-        last = int(node.attrs.get("axis", -1)) in (-1, len(shape_of(node.inputs[0]) or ()) - 1)
-        if node.op != "BatchNormalization" and not last:
-            return None
-        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
-    elif (node.op in ("MatMul", "Gemm") and axis == LAST and not node.attrs and not node.domain
-          and len(shape_of(node.inputs[1]) or ()) > 1):  # by a vector, the last axis is one of rows
-        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], -1
-    elif node.op == "Conv" and axis == 1 and not node.domain:
-        indices, along = [k for k in (1, 2) if graph.optional_input(node, k) is not None], 0
-    else:
+    along = _slices(node, axis)
+    if along is None:
         return None
+    indices = [k for k in (1, 2) if graph.optional_input(node, k) is not None]
     for k in indices:
         dims = shape_of(node.inputs[k])
         if not _stored(node.inputs[k]) or not dims or dims[along] != channels:
@@ -96,20 +88,39 @@ def _own(graph: Graph, node: Node, channels: int, axis: int) -> Absorber | None:
     return Absorber(tuple(Constant(node.name, k, along) for k in indices))
 
 
+def _slices(node: Node, axis: int) -> int | None:
+    """The axis of a node's weights and bias along which there is a slice for each channel that it makes along `axis`;
+    None where there is none."""
+    if node.op in _ROW_NORMS and axis == LAST:
+        last = int(node.attrs.get("axis", -1)) in (-1, len(shape_of(node.inputs[0]) or ()) - 1)
+        return 0 if last else None
+    if axis == 1 and (node.op == "BatchNormalization" or (node.op == "Conv" and not node.domain)):
+        return 0
+    if node.op in ("MatMul", "Gemm") and axis == LAST and not node.attrs and not node.domain:
+        return -1 if len(shape_of(node.inputs[1]) or ()) > 1 else None  # by a vector, the last axis is one of rows
+    return None
+
+
+def _by_constant(graph: Graph, node: Node, index: int, channels: int, axis: int, left: int) -> Absorber | None:
+    """Mul by a number for each channel, which takes the factors, or by one for all; Add of one for each, which takes
+    them as what goes on above does."""
+    constant, other = node.inputs[index], node.inputs[1 - index]
+    own = Constant(node.name, index, -1)
+    fits = axis == LAST and _stored(constant) and (shape_of(constant) or (0,))[-1] == channels
+    if node.op == "Add":
+        above = _further(graph, other, channels, axis, left) if fits else None
+        return replace(above, constants=(*above.constants, own)) if above is not None else None
+    if fits and (shape_of(other) or (0,))[-1] == channels:
+        return Absorber((own,))
+    scalar = int(np.prod([int(d or 0) for d in shape_of(constant) or ()])) == 1
+    return _further(graph, other, channels, axis, left) if scalar else None
+
+
 def _elementwise(graph: Graph, node: Node, channels: int, axis: int, left: int) -> Absorber | None:
-    """Add of a constant and what goes on above; Mul by a constant, which takes the factors, or of two branches."""
+    """Add or Mul of a constant and what goes on above; Mul of two branches, of which one takes the factors."""
     index = next((k for k, t in enumerate(node.inputs) if is_constant(t)), None)
     if index is not None:
-        constant, other = node.inputs[index], node.inputs[1 - index]
-        own = Constant(node.name, index, -1) if axis == LAST else None
-        fits = own is not None and _stored(constant) and (shape_of(constant) or (0,))[-1] == channels
-        if node.op == "Mul" and fits and (shape_of(other) or (0,))[-1] == channels:
-            return Absorber((own,))  # type: ignore[arg-type]
-        above = _further(graph, other, channels, axis, left) if fits or node.op == "Mul" else None
-        scalar = int(np.prod([int(d or 0) for d in shape_of(constant) or ()])) == 1
-        if node.op == "Mul":
-            return above if scalar else None
-        return replace(above, constants=(*above.constants, own)) if above is not None and own is not None else None
+        return _by_constant(graph, node, index, channels, axis, left)
     if node.op == "Add":
         return None
     if node.inputs[0] is node.inputs[1]:

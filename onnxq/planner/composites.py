@@ -34,8 +34,8 @@ def find(graph: Graph) -> dict[str, str]:
 
 def normalises_rows(graph: Graph) -> bool:
     """Whether the model brings rows of features to one size anywhere, by LayerNorm, RMSNorm or the like."""
-    return any(n.op.endswith(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"))
-               for n in graph.nodes) or any(label != "Gelu" for label in find(graph).values())
+    whole = any(node.op.endswith(("LayerNormalization", "RMSNormalization")) for node in graph.nodes)
+    return whole or any(label != "Gelu" for label in find(graph).values())
 
 
 def _between(source: Tensor, anchor: Node, ops: frozenset[str], graph: Graph) -> list[Node] | None:
