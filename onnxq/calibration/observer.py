@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from onnxq.recipe import Calibration, TensorSpec
 from onnxq.runtime.session import Session, SessionOptions
 
 Progress = Callable[[int], None]
+Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
 Key = TypeVar("Key")
 
 AUTO = "auto"  # of the ranges: chosen by layers' errors; on its own, a tensor has the one between its extremes
@@ -63,25 +64,13 @@ def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset,
     Raises DataError when the data are empty, or when a tensor holds NaN, naming it (or the input, when that already
     holds NaN) and the row, or the rows of the batch for a tensor without a row axis.
     """
-    inputs = {t.name for t in graph.inputs}
     everything = [running, *beside]
-    computed = list(dict.fromkeys(name for some in everything for name in some if name not in inputs))
-    rows = 0
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        path = Path(folder) / "calibrate.onnx"
-        save(graph, path, extra_outputs=computed)
-        session = Session(path, _calm(options))
-        for batch in data.batches(how.batch, how.samples):
-            found = {**batch.feed, **session.run(batch.feed, computed)}
-            for some in everything:  # in order: NaN is blamed on the first tensor that holds it
-                for name, statistic in some.items():
-                    for part, values, real in _parts(statistic, found[name], batch):
-                        _fold(part, without_padding(values, real), name, batch)
-            rows += batch.rows
-            if progress is not None:
-                progress(rows)
-    if rows == 0:
-        raise DataError(f"{data.name} gave no rows to calibrate on; check that it isn't empty")
+    wanted = [name for some in everything for name in some]
+    for batch, [found] in _runs([graph], [wanted], data, how, options, progress, "calibrate"):
+        for some in everything:  # in order: NaN is blamed on the first tensor that holds it
+            for name, statistic in some.items():
+                for part, values, real in _parts(statistic, found[name], batch):
+                    _fold(part, without_padding(values, real), name, batch)
 
 
 def compare(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], data: Dataset, how: Calibration,
@@ -90,36 +79,43 @@ def compare(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], 
     """Key -> a computed tensor against its reference, over the data; both are dropped behind each batch.
 
     `pairs` maps a key to (a tensor of the first graph, the reference; the index of a graph; a tensor of that one).
-    `beside` are statistics of tensors of the first graph, folded in the same run. Positions
-    that a fed attention_mask hides are left out of tensors [B, S, K]. Raises DataError as `fold` does.
+    `beside` are statistics of tensors of the first graph, folded in the same run. Positions that a fed
+    attention_mask hides are left out of tensors [B, S, K]. Raises DataError as `fold` does.
     """
-    inputs = {t.name for t in graphs[0].inputs}
-    wanted = [dict.fromkeys(there for _, k, there in pairs.values() if k == index) for index in range(len(graphs))]
-    references = (*(reference for reference, _, _ in pairs.values()), *(beside or {}))
-    wanted[0] |= dict.fromkeys(name for name in references if name not in inputs)
+    wanted = [[there for _, k, there in pairs.values() if k == index] for index in range(len(graphs))]
+    wanted[0] += [*(reference for reference, _, _ in pairs.values()), *(beside or {})]
     found = {key: Comparison() for key in pairs}
+    for batch, made in _runs(graphs, wanted, data, how, options, progress, "compare"):
+        real = real_positions(batch.feed)
+        for name, statistics in (beside or {}).items():
+            for statistic in statistics:
+                _fold(statistic, without_padding(made[0][name], real), name, batch)
+        for key, (reference, index, name) in pairs.items():
+            found[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
+    return found
+
+
+def _runs(graphs: Sequence[Graph], wanted: Sequence[Sequence[str]], data: Dataset, how: Calibration,
+          options: SessionOptions, progress: Progress | None, use: str) -> Iterator[tuple[Batch, list[Tensors]]]:
+    """Each batch with the tensors that are wanted of each graph, inputs among them; one batch is held at a time.
+
+    `use` says what for. Raises DataError when there is no batch.
+    """
     rows = 0
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        sessions = []
-        for index, graph in enumerate(graphs):
-            path = Path(folder) / f"{index}.onnx"
-            save(graph, path, extra_outputs=list(wanted[index]))
-            sessions.append(Session(path, _calm(options)))
+        sessions: list[tuple[Session, list[str]]] = []
+        for index, (graph, names) in enumerate(zip(graphs, wanted, strict=True)):
+            path, inputs = Path(folder) / f"{index}.onnx", {t.name for t in graph.inputs}
+            computed = list(dict.fromkeys(name for name in names if name not in inputs))
+            save(graph, path, extra_outputs=computed)
+            sessions.append((Session(path, _calm(options)), computed))
         for batch in data.batches(how.batch, how.samples):
-            made = [session.run(batch.feed, list(names)) for session, names in zip(sessions, wanted, strict=True)]
-            made[0] = {**batch.feed, **made[0]}
-            real = real_positions(batch.feed)
-            for name, statistics in (beside or {}).items():
-                for statistic in statistics:
-                    _fold(statistic, without_padding(made[0][name], real), name, batch)
-            for key, (reference, index, name) in pairs.items():
-                found[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
+            yield batch, [{**batch.feed, **session.run(batch.feed, computed)} for session, computed in sessions]
             rows += batch.rows
             if progress is not None:
                 progress(rows)
     if rows == 0:
-        raise DataError(f"{data.name} gave no rows to compare on; check that it isn't empty")
-    return found
+        raise DataError(f"{data.name} gave no rows to {use} on; check that it isn't empty")
 
 
 def _calm(options: SessionOptions) -> SessionOptions:

@@ -128,11 +128,8 @@ def test_the_graph_is_left_as_it_was(opened: Opener) -> None:
     assert [t.name for t in graph.outputs] == ["y"]
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
-def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
-    """Ten times the batches, the same peak: nothing is kept (a batch of x and m is 4 MB)."""
-    graph = opened(make_model([node("Exp", "x", "m"), node("ReduceMax", "m", "y")], {"x": ["N", 1 << 19]}, {"y": None}))
-
+def holds_one_batch(run: Callable[[Callable[[], Iterator[Feed]]], object]) -> None:
+    """Whether ten times the batches, of x [1, 2**19] each, have the same peak in what `run` does with them."""
     def peak(batches: int) -> int:
         def feeds() -> Iterator[Feed]:
             for k in range(batches):
@@ -140,7 +137,7 @@ def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
 
         tracemalloc.start()
         try:
-            observed(graph, ["x", "m"], feeds, Calibration(samples=None, ranges=ranges))
+            run(feeds)
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -148,6 +145,14 @@ def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
     short, long = peak(4), peak(40)
     assert short > 4 << 20, "a batch is seen at all"
     assert long < short + (2 << 20)
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile"])
+def test_memory_is_that_of_one_batch(ranges: str, opened: Opener) -> None:
+    """Ten times the batches, the same peak: nothing is kept (a batch of x and m is 4 MB)."""
+    graph = opened(make_model([node("Exp", "x", "m"), node("ReduceMax", "m", "y")], {"x": ["N", 1 << 19]}, {"y": None}))
+
+    holds_one_batch(lambda feeds: observed(graph, ["x", "m"], feeds, Calibration(samples=None, ranges=ranges)))
 
 
 # ------------------------------------------------------------------ what can't be used
@@ -241,19 +246,6 @@ def test_comparing_takes_the_memory_of_one_batch(opened: Opener) -> None:
     graph = opened(make_model([node("Exp", "x", "m"), node("Abs", "x", "k"), node("ReduceMax", "m", "y")],
                               {"x": ["N", 1 << 19]}, {"y": None}))
 
-    def peak(batches: int) -> int:
-        def feeds() -> Iterator[Feed]:
-            for k in range(batches):
-                yield {"x": np.full((1, 1 << 19), k / batches, np.float32)}
-
-        tracemalloc.start()
-        try:
-            observer.compare([graph, graph], {"a": ("m", 0, "k"), "b": ("m", 1, "m")},
-                             open_data(feeds, graph.ports()), ALL, ONE_THREAD, beside={"x": [Moments()]})
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-
-    short, long = peak(4), peak(40)
-    assert short > 4 << 20
-    assert long < short + (2 << 20)
+    holds_one_batch(lambda feeds: observer.compare(
+        [graph, graph], {"a": ("m", 0, "k"), "b": ("m", 1, "m")}, open_data(feeds, graph.ports()), ALL, ONE_THREAD,
+        beside={"x": [Moments()]}))
