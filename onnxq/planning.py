@@ -46,7 +46,6 @@ class Planning:
         self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
-        self.methods: dict[str, str] = {}  # of ranges that were chosen among several, by tensor
         self.escaped: dict[str, str] = {}  # layers with a scale for each row, with the reason
         self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
@@ -59,7 +58,7 @@ class Planning:
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
         if self.smoothed is None:
-            self._smooth(self._outlined())
+            self._smooth()
         if self.sensitive is None:
             self.sensitive = self._rank()
         known, found = dict(self.escaped), self._outlined(measured)
@@ -93,12 +92,13 @@ class Planning:
         self.graph = self.graph_for(plan)
         return replayed(plan, self.graph)
 
-    def _smooth(self, found: Outline) -> None:
+    def _smooth(self) -> None:
         """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
         self.smoothed = {}
         scheme = self.recipe.scheme
         if self.calib is None or scheme.activations is None or self.recipe.outliers.method == "none":
             return
+        found = self._outlined()
         codes = frozenset(t for v in found.nodes.values() if v.int_output for t in (v.result, *v.more_results) if t)
         with self.stage("smooth"):
             self._start(self.recipe.calibration.samples)
@@ -140,9 +140,8 @@ class Planning:
                                     self.recipe.scheme.activations)
             found_ranges = ranging.choose(self.hiding.graph, read, self._by(), [running, beside])
             for group in read:
-                one = found_ranges[group.name]
-                self.ranges[group.name], self.methods[group.name] = one.bounds, one.method
-                self.escaped |= escaped(group, one, self.recipe, self.target)
+                self.ranges[group.name] = found_ranges[group.name].bounds
+                self.escaped |= escaped(group, found_ranges[group.name], self.recipe, self.target)
             self.ranges |= {name: one.result() for name, one in running.items()}
 
     def _rank(self) -> dict[str, str]:

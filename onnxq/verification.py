@@ -19,7 +19,6 @@ from onnxq.calibration.readers import Dataset
 from onnxq.errors import DataError, ModelError, UsageError
 from onnxq.graph import read_nodes
 from onnxq.numerics.budget import parse_drop
-from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.metrics import Metric, drop, make_metric
 from onnxq.passes.manager import Removals
 from onnxq.plan import FLOAT, MOVES_CODES, STORED, NodePlan, Plan
@@ -171,25 +170,16 @@ def semantic(reference: str | Path, compiled: str | Path, twin: str | Path, feed
     """
     plain = SessionOptions(options.provider, options.threads, optimize=False)
     unoptimized, deployed = Session(compiled, plain), Session(compiled, options)
-    against_twin = _worst(Session(twin, plain), unoptimized, feeds)
-    against_itself = _worst(unoptimized, deployed, feeds)
+    against_twin = compare.least_sqnr(Session(twin, plain), unoptimized, feeds)
+    against_itself = compare.least_sqnr(unoptimized, deployed, feeds)
     for what, db in (("its QDQ form", against_twin), ("itself without optimization", against_itself)):
         if db is not None and db < LEAST_SEMANTIC_DB:
-            with_float = _worst(Session(reference, SessionOptions(threads=options.threads)), deployed, feeds)
+            whole = Session(reference, SessionOptions(threads=options.threads))
+            with_float = compare.least_sqnr(whole, deployed, feeds)
             if with_float is None or db <= with_float:
                 verdict.failures.append(f"the compiled graph and {what} agree to {db:.1f} dB only: a kernel computes "
                                         "something else; please report this")
     return Semantic(against_twin, against_itself, len(feeds))
-
-
-def _worst(a: Session, b: Session, feeds: Sequence[Feed]) -> float | None:
-    """Least SQNR over float outputs, None when all are identical."""
-    folds = {p.name: Comparison() for p in a.outputs if p.dtype is not None and np.issubdtype(p.dtype, np.floating)}
-    for feed in feeds:
-        x, y = a.run(feed), b.run(feed)
-        for name, fold in folds.items():
-            fold.update(x[name], y[name])
-    return min((f.sqnr_db for f in folds.values() if f.sqnr_db is not None), default=None)
 
 
 def latency(reference: str | Path, compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions, data: str,

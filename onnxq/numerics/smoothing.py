@@ -8,6 +8,7 @@ the error of the layer's quantized result as what is minimized, as Flex Smooth Q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,12 @@ class Found:
     @property
     def gain_db(self) -> float:
         """By how much the signal to noise ratio of the results grows."""
-        return 10 * float(np.log10(max(self.plain, 1e-30) / max(self.error, 1e-30)))
+        return decibels(self.error) - decibels(self.plain)
+
+
+def decibels(error: float) -> float:
+    """The signal to noise ratio in dB that a relative squared error is, at most 300."""
+    return -10 * math.log10(max(error, 1e-30))
 
 
 def factors(x_extreme: npt.ArrayLike, w_extreme: npt.ArrayLike, alpha: float, beta: float) -> Floats:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -92,7 +91,8 @@ def _best(graph: Graph, group: Group, halves: Halves, known: Mapping[str, Method
     method = best if errors[best] < _BETTER * errors[MINMAX] else MINMAX
     if group.axis == 1:
         return Chosen((0.0, 0.0), method, errors[method])
-    for_all = smoothing.error(rounded, spec, ones, *known[method](halves.histograms[0]), results)
+    for_all = errors[method] if by.alike else smoothing.error(rounded, spec, ones, *known[method](halves.histograms[0]),
+                                                              results)
     by_row = smoothing.error(rounded, replace(spec, per_row=True), ones, 0.0, 0.0, results)
     return Chosen((0.0, 0.0), method, for_all, by_row)
 
@@ -103,7 +103,7 @@ def escaped(group: Group, chosen: Chosen, recipe: Recipe, target: Target) -> dic
     ops = {node.op for node in group.layers}
     if below is None or chosen.by_row is None or any((op, TOKEN) not in target.lowerings for op in ops):
         return {}
-    static, by_row = (-10 * math.log10(max(e, 1e-30)) for e in (chosen.error, chosen.by_row))
+    static, by_row = (smoothing.decibels(e) for e in (chosen.error, chosen.by_row))
     if static >= below or by_row - static < recipe.escape.gain:
         return {}
     reason = (f"int8 weights; a scale for each row is found at run time: {by_row:.1f} dB at its result on data not "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,6 +74,16 @@ def evaluate(reference: Session, compiled: Session, batches: Iterable[Batch],
     if metrics is not None:
         found.float_metric, found.compiled_metric = metrics[0].result(), metrics[1].result()
     return found
+
+
+def least_sqnr(a: Session, b: Session, feeds: Iterable[Mapping[str, Array]]) -> float | None:
+    """Least SQNR in dB over float outputs for all feeds, None when all are identical."""
+    folds = {p.name: Comparison() for p in a.outputs if p.dtype is not None and np.issubdtype(p.dtype, np.floating)}
+    for feed in feeds:
+        x, y = a.run(feed), b.run(feed)
+        for name, fold in folds.items():
+            fold.update(x[name], y[name])
+    return min((f.sqnr_db for f in folds.values() if f.sqnr_db is not None), default=None)
 
 
 def row_cosines(a: Array, b: Array, mask: Array | None) -> list[float]:
