@@ -20,11 +20,12 @@ import numpy.typing as npt
 
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
-from onnxq.numerics.dtypes import by_name
+from onnxq.numerics.dtypes import DType, by_name
 
 FLOAT = "float"
 STORED = "stored"  # scheme and lowering of nodes that compute in float on weights kept as int8
 STATIC, TENSOR, TOKEN = "static", "tensor", "token"  # when and for what an activation's scale is found
+UNTOUCHED = "untouched"  # in place of that for kernels that read floats
 GIVEN = "given"  # quantized by whoever made the model
 # operators that hand codes on as they are, at the scale that they came with
 MOVES_CODES = frozenset({
@@ -44,7 +45,7 @@ class NodePlan:
     `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `more_results` those
     that a Split makes besides; `weight` names the quantized weight, `stored` the weights that are kept as codes and
     decoded, or those of an LSTM, which has two; `activation` when the scale of what is read is known: `static`, or at
-    run time per `tensor` or per `token` (row); `bias_add` the Add node whose constant becomes the bias; `part_of` the
+    run time per `tensor` or per `token` (row), or `untouched` where floats are read; `bias_add` the Add node whose constant becomes the bias; `part_of` the
     node whose kernel computes this one too (an absorbed Relu, a bias Add); `extra_channels` by how many channels of
     zeros what a Conv reads is widened.
     """
@@ -69,6 +70,22 @@ class NodePlan:
     def is_int(self) -> bool:
         """Whether onnxq makes this node run in integers."""
         return self.scheme not in (FLOAT, GIVEN, STORED)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight whose codes follow from its values alone: blocks of `block_size` along `axis`, which is that of a
+    layer's inputs, with scales by `search` (see numerics.blocks)."""
+
+    dtype: DType
+    block_size: int
+    axis: int
+    search: str
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether there are no zero points."""
+        return self.dtype.signed
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,8 @@ class Smoothing:
 class Plan:
     """All verdicts and scales.
 
-    `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per-channel);
+    `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per channel or
+    by blocks); `blocks` that of a weight whose parameters and codes are found as they are written, one weight at a time;
     `bias_shifts` a node's name to what is added to its bias, float32 [C]. `added` maps the name of a Where that hides
     scores to the number that is added to them instead; `maskings` the name of a Softmax to what becomes of its mask.
     Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales
@@ -131,14 +149,15 @@ class Plan:
     maskings: dict[str, Masking] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
-    rounded: dict[str, npt.NDArray[np.int8]] = field(default_factory=dict)
+    rounded: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    blocks: dict[str, Blocks] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
         return self.nodes.get(name)
 
     def quantized(self) -> list[NodePlan]:
-        """Nodes with a kernel of their own in integers."""
+        """Nodes with a kernel of their own that computes on codes."""
         return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
 
     @property
@@ -193,6 +212,8 @@ class Plan:
             for name, spec in data[kind].items():
                 table[name] = QuantParams(arrays[f"{kind}/{name}/scale"], arrays[f"{kind}/{name}/zero_point"],
                                           by_name(spec["dtype"]), spec["axis"], spec["block_size"])
+        plan.blocks = {name: Blocks(**{**spec, "dtype": by_name(spec["dtype"])})
+                       for name, spec in data.get("blocks", {}).items()}
         plan.added = dict(data.get("added", {}))
         plan.dropped = tuple(data.get("dropped", ()))
         plan.maskings = {item["softmax"]: Masking(**item) for item in data.get("maskings", [])}
@@ -211,6 +232,7 @@ class Plan:
         return {"scheme": self.scheme, "target": self.target,
                 "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
                 "activations": specs(self.activations), "weights": specs(self.weights),
+                "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
                 "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}

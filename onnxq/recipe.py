@@ -28,17 +28,31 @@ RANKS = ("range_parm", "kurtosis", SQNR)  # what layers are ranked by
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor`, `channel` or
-    `token` (row of a dynamic activation)."""
+    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor`, `channel`, `token`
+    (row of a dynamic activation) or `block` of `block_size` weights of the same output that follow one another.
+
+    search: how the scales of blocks are found; auto (by what is left of the error, on calibration data where there are
+    some), absmax (from the extremes), mse (the least squared error), kquant (least squares over scale and minimum, as
+    llama.cpp does) or hqq (half-quadratic, a p-norm of the error that forgives outliers).
+    """
 
     dtype: str = "int8"
     symmetric: bool = True
     granularity: str = "tensor"
     dynamic: bool = False
+    block_size: int | None = None
+    search: str = "auto"
 
+
+SEARCHES = ("auto", "absmax", "mse", "kquant", "hqq")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has kernels for
 
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "dtype": ("int8",), "symmetric": (True,), "granularity": ("tensor", "channel"), "dynamic": (False,)}
+    "dtype": ("int8",), "symmetric": (True,), "granularity": ("tensor", "channel"), "dynamic": (False,),
+    "block_size": (None,)}
+_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("int2", "int4", "int8", "uint2", "uint4", "uint8"), "granularity": ("block",), "dynamic": (False,),
+    "block_size": BLOCK_SIZES, "search": SEARCHES}
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token")}
 
 
@@ -54,13 +68,18 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """Refuse what no kernel computes, rather than compute something else. Raises RecipeError naming the key."""
-        specs = (("weights", self.weights, _WEIGHTS), ("activations", self.activations, _ACTIVATIONS))
+        weights = _BLOCKS if self.is_weight_only else _WEIGHTS
+        specs = (("weights", self.weights, weights), ("activations", self.activations, _ACTIVATIONS))
         for path, spec, choices in specs:
             for key, allowed in choices.items() if spec is not None else ():
                 given = getattr(spec, key)
                 if given not in allowed:
                     words = ", ".join(str(a).lower() for a in allowed)
                     raise RecipeError(f"scheme.{path}.{key}: {str(given).lower()} has no kernel here; use {words}")
+        if self.is_weight_only and self.weights is not None and (
+                self.weights.symmetric is not (self.weights.dtype[0] == "i")):
+            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} codes are "
+                              f"{'symmetric' if self.weights.dtype[0] == 'i' else 'asymmetric'}; use the other type")
         if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
             raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
                               "true")
@@ -69,6 +88,11 @@ class Scheme:
     def is_float(self) -> bool:
         """Whether nothing is quantized under this scheme."""
         return self.weights is None
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether weights alone are quantized, in blocks, and activations stay float."""
+        return self.weights is not None and self.activations is None
 
     @property
     def is_dynamic(self) -> bool:
@@ -325,8 +349,9 @@ def parse(text: str) -> Recipe:
         data["fallback"] = _fallback(data["fallback"])
     recipe: Recipe = build(Recipe, data, "")
     for k, rule in enumerate(recipe.rules):
-        if rule.scheme not in (FLOAT.name, recipe.scheme.name):
-            raise RecipeError(f"rules[{k}].scheme: {rule.scheme!r} can't be mixed into {recipe.scheme.name} yet; "
+        mixed = recipe.scheme.is_weight_only and rule.scheme in scheme_names() and scheme(rule.scheme).is_weight_only
+        if rule.scheme not in (FLOAT.name, recipe.scheme.name) and not mixed:
+            raise RecipeError(f"rules[{k}].scheme: {rule.scheme!r} can't be mixed into {recipe.scheme.name}; "
                               f"use float or {recipe.scheme.name}")
     return recipe
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from onnxq.errors import GraphError, PassError
-from onnxq.graph import Graph, Node
+from onnxq.graph import Graph, Node, Tensor
 from onnxq.plan import Plan
 from onnxq.targets import Target
 
@@ -29,11 +29,15 @@ class Skip:
 
 @dataclass
 class Context:
-    """What passes read (plan, target) and where they leave their near misses."""
+    """What passes read (plan, target) and where they leave their near misses.
+
+    `weights` holds weights that codes took the place of, by name, for a later pass that writes these in another form.
+    """
 
     target: Target | None = None
     plan: Plan = field(default_factory=lambda: Plan("", ""))
     skips: list[Skip] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
     current: str = ""
 
     @property

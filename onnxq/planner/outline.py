@@ -12,16 +12,16 @@ from types import MappingProxyType
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.passes.lower.pool_to_conv import KERNEL as POOLED_BY_CONV
 from onnxq.plan import FLOAT, GIVEN, MOVES_CODES, NodePlan
-from onnxq.planner import at_run_time, composites, few_channels, given
+from onnxq.planner import at_run_time, composites, few_channels, given, weight_only
 from onnxq.planner.chains import Chain, chain, weighted
 from onnxq.planner.joining import JOINING, RANGES, WEIGHTED, Regions, data_inputs, name_taken, results
 from onnxq.planner.left import lower_left
 from onnxq.planner.pools import pool_kernel
 from onnxq.planner.products import Product, lower_products
 from onnxq.planner.recurrent import lower_lstms
-from onnxq.planner.rules import verdicts
+from onnxq.planner.rules import schemes, verdicts
 from onnxq.planner.storing import store
-from onnxq.recipe import Recipe, Scheme
+from onnxq.recipe import Recipe, Scheme, TensorSpec
 from onnxq.targets import Target
 
 NORMS = frozenset({
@@ -48,7 +48,7 @@ class Outline:
     `ranges_of` are the tensors to calibrate, `known` the ranges that need no data (of constants, of what lies between 0
     and 1 by its operator); `same_as` maps a tensor to the one whose scale it takes (data movement keeps codes as they
     are); `concats` maps the result of a Concat to what it joins; `halved` are int8 factors whose codes have to stay
-    within -64 and 64, since the target adds up two products in 16 bits.
+    within -64 and 64, since the target adds up two products in 16 bits; `formats` those of weights in blocks.
     """
 
     nodes: dict[str, NodePlan] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class Outline:
     same_as: dict[str, str] = field(default_factory=dict)
     concats: dict[str, list[str]] = field(default_factory=dict)
     halved: set[str] = field(default_factory=set)
+    formats: dict[str, TensorSpec] = field(default_factory=dict)
 
     def want(self, graph: Graph, tensor: Tensor) -> None:
         """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
@@ -91,6 +92,11 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
     """
     outliner = _Outliner(graph, recipe, target, measured, sensitive)
     found = outliner.run()
+    if recipe.scheme.is_weight_only:
+        free = {name: scheme for name, scheme in schemes(graph, recipe).items() if name not in outliner.kept}
+        found.formats = weight_only.choose(graph, found.nodes, free, measured.refused, target)
+        store(graph, found.nodes, outliner.kept)
+        return found
     decided = {*outliner.kept, *measured.refused, *measured.per_token}
     if not recipe.scheme.is_float and not recipe.scheme.is_dynamic:
         for tensor in lower_left(graph, found.nodes, decided, recipe.scheme, target):
@@ -120,6 +126,8 @@ class _Outliner:
         self.regions = Regions(graph, target, self.int_nodes, self.chains, self.reasons, self.barred)
 
     def run(self) -> Outline:
+        if self.recipe.scheme.is_weight_only:
+            return self._all_float()
         self._weighted_nodes()
         if self.recipe.scheme.is_dynamic:
             return self._dynamic()
@@ -265,6 +273,18 @@ class _Outliner:
         self._bodies(found)
         return found
 
+    def _all_float(self) -> Outline:
+        """What a weight-only scheme begins with."""
+        found = Outline()
+        for node in self.graph.nodes:
+            reason = self._allowed(node)
+            if reason is None and node.op in weight_only.LINEAR:
+                reason = weighted(self.graph, node)
+            self.reasons[node.name] = reason or "its weights are too small to gain from fewer bits"
+            found.nodes[node.name] = self._float_verdict(node)
+        self._bodies(found)
+        return found
+
     def _float_verdict(self, node: Node) -> NodePlan:
         if node.name in self.given:
             return self.given[node.name]
@@ -297,13 +317,13 @@ def _why(node: Node, as_int: bool, lowering: str) -> str:
 def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op in ("If", "Loop", "Scan"):
         return "it only chooses what runs; see the nodes inside"
-    if node.op == "Gather":
+    if node.op == "Gather" and not scheme.is_weight_only:
         return "a look-up in a table that is too small to gain from int8"
     if node.op == "PRelu" and not scheme.is_dynamic:
         return "a slope per channel has no int8 kernel"
     if node.op == "SpaceToDepth" and not scheme.is_dynamic:
         return "its kernel takes codes from a later onnxruntime than 1.25 on"
-    if scheme.is_dynamic:
+    if scheme.is_dynamic or scheme.is_weight_only:
         return f"scheme {scheme.name} quantizes {', '.join(scheme.operators)} alone"
     return f"onnxq has no int8 form of {node.op} on {target}"
 

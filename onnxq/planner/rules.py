@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, Node, is_constant
-from onnxq.recipe import FLOAT, Recipe, expand_braces, matches
+from onnxq.recipe import FLOAT, Recipe, Scheme, expand_braces, matches
+from onnxq.recipe import scheme as named_scheme
 
 # what rewrites of the float graph append to a weight's name
 _SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".scaled", ".smoothed", ".split")
@@ -59,3 +60,14 @@ def verdicts(graph: Graph, recipe: Recipe) -> dict[str, str]:
         near = [plain[n] for n in difflib.get_close_matches(bare, plain, 3, 0.5)] or sorted(set(known))[:3]
         raise UsageError(f"{where} {glob!r} matches no node; near: {', '.join(near)}")
     return kept
+
+
+def schemes(graph: Graph, recipe: Recipe) -> dict[str, Scheme]:
+    """Node name -> the scheme that the first rule that matches gives it, else the recipe's; bodies included."""
+    found: dict[str, Scheme] = {}
+    for node, holder in graph.walk():
+        names = names_of(holder, node)
+        name = next((r.scheme for r in recipe.rules if r.match.op in (None, node.op)
+                     and (r.match.name is None or matches(r.match.name, names))), recipe.scheme.name)
+        found[node.name] = recipe.scheme if name == recipe.scheme.name else named_scheme(name)
+    return found

@@ -11,11 +11,12 @@ from onnxq.errors import ModelError
 from onnxq.graph import Graph, Node, Tensor
 from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
-from onnxq.numerics.dtypes import by_name
+from onnxq.numerics.dtypes import INT8, by_name
 from onnxq.plan import NodePlan, Plan
 from onnxq.planner import few_channels
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
+from onnxq.planner.weight_only import blocks
 from onnxq.recipe import Recipe, Scheme, TensorSpec
 from onnxq.targets import Target
 
@@ -32,9 +33,12 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
     spec = recipe.scheme.activations
     if spec is not None and not spec.dynamic:
         _activations(found, ranges, plan, spec)
-    nodes = {n.name: n for n in graph.nodes}
+    nodes = {n.name: n for n, _ in graph.walk()}
+    for verdict in plan.nodes.values():
+        if verdict.weight in found.formats and verdict.part_of is None:
+            plan.blocks.setdefault(verdict.weight, blocks(nodes[verdict.node], found.formats[verdict.weight]))
     for verdict in plan.quantized():
-        if verdict.weight is not None:
+        if verdict.weight is not None and verdict.weight not in found.formats:
             _weight(nodes[verdict.node], verdict, graph, plan, recipe, target)
     stored_weights(graph, plan, recipe, target)
     return plan
@@ -93,7 +97,8 @@ def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> 
                 values = finite(graph, weight, node)
                 paired = target.saturates and verdict is not None and verdict.is_int
                 plan.weights[weight.name] = affine.weight_params(
-                    values, channel_axis(node, index, values.ndim), by_name(spec.dtype),
+                    values, channel_axis(node, index, values.ndim),
+                    INT8 if recipe.scheme.is_weight_only else by_name(spec.dtype),
                     least=_largest_pairs(node, values, target) if paired else 0.0)
 
 

@@ -11,7 +11,8 @@ class Target:
 
     `lowerings` maps (operator, what its result is: "int" or "float") to the kernel that runs it in integers, and
     (operator, "tensor" or "token") to the kernel for scales found at run time per tensor or per row, and
-    ("MatMul", "left") to the one for a constant on the left side, ("MatMul", "computed") to that for two computed ones;
+    ("MatMul", "left") to the one for a constant on the left side, ("MatMul", "computed") to that for two computed ones,
+    (operator, "blocks") to the one for weights in blocks beside float activations;
     ("AveragePool", "sum") is the kernel for windows of up to `largest_sum` elements, where these are divided by up to
     `most_divisors` different numbers, as padding does not count;
     `padded_channels` are the numbers of channels for which an integer Conv is faster once they are padded to 4, with

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from onnxq.passes.lower.blocks import LowerBlocks
 from onnxq.passes.lower.dynamic_matmul import LowerDynamicMatMul
 from onnxq.passes.lower.fence_float import FenceFloat
 from onnxq.passes.lower.movement import LowerMovement
@@ -19,7 +20,7 @@ from onnxq.passes.manager import Pass
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
-EMITTER_VERSION = 3
+EMITTER_VERSION = 4
 
 
 def lower(output_format: str) -> list[Pass]:
@@ -27,4 +28,4 @@ def lower(output_format: str) -> list[Pass]:
     if output_format == "qdq":
         return [SeparateLinear(), FenceFloat(), NarrowConstants()]
     return [LowerConv(), PadChannels(), LowerLinear(), PoolToConv(), LowerJoining(), LowerMovement(),
-            LowerDynamicMatMul(), LowerPerToken(), ShedDequantize(), FenceFloat(), NarrowConstants()]
+            LowerDynamicMatMul(), LowerPerToken(), LowerBlocks(), ShedDequantize(), FenceFloat(), NarrowConstants()]

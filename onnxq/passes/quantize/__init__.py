@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxq.passes.manager import Pass
 from onnxq.passes.quantize.activations import QuantizeActivations
 from onnxq.passes.quantize.biases import QuantizeBiases
+from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.passes.quantize.dynamic import QuantizeDynamic
 from onnxq.passes.quantize.dynamic_lstm import QuantizeLSTM
 from onnxq.passes.quantize.hard_sigmoid import HardSigmoidToAdd
@@ -22,4 +23,4 @@ def quantize() -> list[Pass]:
     An LSTM has no form of Q and DQ, which could not reach the states within: its kernel is written here.
     """
     return [QuantizeDynamic(), QuantizeLSTM(), QuantizePerToken(), QuantizeLeft(), QuantizeProducts(), QuantizeBiases(),
-            QuantizeWeights(), StoreWeights(), QuantizeActivations(), HardSigmoidToAdd(), MeanToPool()]
+            QuantizeWeights(), StoreWeights(), StoreBlocks(), QuantizeActivations(), HardSigmoidToAdd(), MeanToPool()]

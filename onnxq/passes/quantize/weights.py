@@ -8,7 +8,7 @@ from typing import ClassVar
 from onnxq.graph import Graph, Node, Tensor, shape_of
 from onnxq.numerics import affine
 from onnxq.passes.manager import Context, Pass
-from onnxq.plan import Plan
+from onnxq.plan import UNTOUCHED, Plan
 
 
 def store_weight(graph: Graph, weight: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,9 @@ class QuantizeWeights(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Quantize one node's weight."""
         verdict = context.plan.node(node.name)
-        if verdict is None or verdict.weight is None or node.inputs[1].name != verdict.weight:
+        if verdict is None or verdict.weight is None or verdict.activation == UNTOUCHED:
+            return False
+        if node.inputs[1].name != verdict.weight:
             return False
         weight, params = node.inputs[1], context.plan.weights[verdict.weight]
         name = f"{weight.name}.dq"

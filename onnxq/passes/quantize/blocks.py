@@ -1,0 +1,101 @@
+"""W -> (Cast(Wq) - zero point) * scale, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from onnxq.graph import Graph, Node, Shared, Tensor, shape_of
+from onnxq.passes.blocks import Array, Layout, coded, divided, layout
+from onnxq.passes.manager import Context, Pass
+from onnxq.plan import UNTOUCHED, Plan
+
+
+@dataclass(frozen=True)
+class StoreBlocks(Pass):
+    """op(x, W) -> op(x, Reshape((Cast(Wq) - zero_point) * scale)), W float32 [K, N] (of a look-up [V, D]).
+
+    Wq int8 or uint8 [nb, B, N] ([V, nb, B]) holds codes of any width, scale float32 and zero_point [nb, 1, N]
+    ([V, nb, 1]); zero_point is left out for symmetric codes; a Slice takes off what fills up the last block. The
+    runtime folds all of it as it loads the model. Source: ONNX DequantizeLinear-21 with block_size, which it would not
+    fold.
+    """
+
+    name: ClassVar[str] = "store-blocks"
+
+    def run(self, graph: Graph, context: Context) -> bool:
+        """What decodes stands in the outermost graph, whoever reads it: it does so once, and the bodies see it."""
+        shared, found = Shared(), False
+        for node, holder in list(graph.walk()):
+            verdict = context.plan.node(node.name)
+            if verdict is None or verdict.activation != UNTOUCHED or verdict.weight is None:
+                continue
+            index = [t.name for t in node.inputs].index(verdict.weight) if _reads(node, verdict.weight) else None
+            if index is None:
+                continue
+            found = True
+            context.weights[verdict.weight] = node.inputs[index]
+            holder.replace_input(node, index, self._decoded(graph, node.inputs[index], context.plan, shared))
+        if found:
+            graph.sort()
+        return found
+
+    def _decoded(self, graph: Graph, weight: Tensor, plan: Plan, shared: Shared) -> Tensor:
+        name = f"{weight.name}.decoded"
+        if graph.has(name):
+            return graph.made(name)
+        form = layout(plan, weight.name)
+        assert form is not None
+        shape = tuple(int(d or 0) for d in shape_of(weight) or ())
+        codes, scale, zero_point = self._parts(graph, weight, form, shape, coded(graph, weight, plan), shared)
+        split, whole = _split(shape, form), _whole(shape, form)
+        values = _step(graph, "Cast", [codes], f"{weight.name}.codes", split, {"to": 1})
+        if zero_point is not None:
+            zeros = _step(graph, "Cast", [zero_point], f"{weight.name}.zeros", shape_of(zero_point), {"to": 1})
+            values = _step(graph, "Sub", [values, zeros], f"{weight.name}.levels", split)
+        values = _step(graph, "Mul", [values, scale], f"{weight.name}.blocks.decoded", split)
+        dims = graph.constant(f"{weight.name}.shape", np.asarray(whole, np.int64))
+        if whole == shape:
+            return _step(graph, "Reshape", [values, dims], name, shape)
+        values = _step(graph, "Reshape", [values, dims], f"{weight.name}.filled", whole)
+        bounds = [graph.constant(f"{weight.name}.{key}", np.asarray([v], np.int64))
+                  for key, v in (("start", 0), ("end", shape[form.axis]), ("axis", form.axis))]
+        return _step(graph, "Slice", [values, *bounds], name, shape)
+
+    @staticmethod
+    def _parts(graph: Graph, weight: Tensor, form: Layout, shape: tuple[int, ...],
+               compute: Callable[[], Any], shared: Shared) -> tuple[Tensor, Tensor, Tensor | None]:
+        def parts() -> Sequence[Array]:
+            found = divided(*compute())
+            return [np.ascontiguousarray(np.moveaxis(part, -1, 0)) for part in found] if form.axis else found
+
+        split, one = _split(shape, form), _split(shape, form, 1)
+        get = shared.parts(parts, 2 if form.dtype.signed else 3)
+        codes = graph.computed(f"{weight.name}.q", form.dtype.storage, split, get[0])
+        scale = graph.computed(f"{weight.name}.scales", np.float32, one, get[1])
+        if form.dtype.signed:
+            return codes, scale, None
+        return codes, scale, graph.computed(f"{weight.name}.zero_points", form.dtype.storage, one, get[2])
+
+
+def _reads(node: Node, weight: str) -> bool:
+    return any(t.name == weight for t in node.inputs)
+
+
+def _split(shape: tuple[int, ...], form: Layout, size: int = 0) -> tuple[int, ...]:
+    """The shape with the axis of blocks divided into blocks and what is in one, `size` where that is given."""
+    return (*shape[:form.axis], form.count(shape), size or form.block_size, *shape[form.axis + 1:])
+
+
+def _whole(shape: tuple[int, ...], form: Layout) -> tuple[int, ...]:
+    return (*shape[:form.axis], form.count(shape) * form.block_size, *shape[form.axis + 1:])
+
+
+def _step(graph: Graph, op: str, inputs: list[Tensor], name: str, shape: Any,
+          attrs: dict[str, object] | None = None) -> Tensor:
+    made = graph.variable(name, "float32", shape)
+    graph.add_node(op, f"{name}/{op.lower()}", inputs, [made], attrs)
+    return made

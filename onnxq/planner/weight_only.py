@@ -1,0 +1,124 @@
+"""Weights in blocks of low-bit codes beside float activations: who takes them, and by which kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.numerics.dtypes import DType, by_name
+from onnxq.plan import FLOAT, STORED, UNTOUCHED, Blocks, NodePlan
+from onnxq.planner.chains import Chain, chain
+from onnxq.recipe import Scheme, TensorSpec
+from onnxq.targets import Target
+
+LINEAR = frozenset({"Gemm", "MatMul"})
+_LEAST = 1024  # weights; below, scales and shapes eat what is gained
+_LEAST_TABLE = 16384
+NO_INT8_KERNEL = "no kernel of MatMulNBits multiplies 2-bit blocks of 16 or 256 in integers, and others are slow"
+_DECODED = "its weights are decoded as the model is loaded and multiplied in float"
+
+
+def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Scheme], refused: Mapping[str, str],
+           target: Target) -> dict[str, TensorSpec]:
+    """Turn float verdicts on linear layers and look-ups into weight-only ones, bodies of If, Loop and Scan included.
+
+    `schemes` maps a node that may be quantized to its scheme; `refused` one whose kernel is slower than decoding, to the
+    reason. Gives each weight's format. A weight that several nodes read is quantized when all of them can, by the first
+    one's scheme.
+    """
+    found: dict[str, TensorSpec] = {}
+    barred = {name for name, verdict in nodes.items() if name not in schemes or verdict.scheme != FLOAT}
+    for name, readers in _readers(graph).items():
+        takers = [(holder, node) for holder, node in readers if node.name in schemes and node.name not in barred]
+        if len(takers) < len(readers) or not all(_takes(holder, node, name) for holder, node in takers):
+            continue
+        axes = {axis(node) for _, node in takers}
+        spec = schemes[takers[0][1].name].weights
+        assert spec is not None
+        if len(axes) > 1 or any(graph.has(f"{name}.{part}") for part in ("q", "blocks", "decoded")):
+            continue
+        found[name] = spec
+        for holder, node in takers:
+            _decide(holder, node, name, spec, nodes, schemes[node.name].name, refused, target, barred)
+    return found
+
+
+def _readers(graph: Graph) -> dict[str, list[tuple[Graph, Node]]]:
+    found: dict[str, list[tuple[Graph, Node]]] = {}
+    for node, holder in graph.walk():
+        for tensor in node.inputs:
+            if tensor.name and is_constant(tensor) and len(shape_of(tensor) or ()) == 2:
+                found.setdefault(tensor.name, []).append((holder, node))
+    return found
+
+
+def _takes(graph: Graph, node: Node, name: str) -> bool:
+    """Whether a node can read its weight `name` in blocks."""
+    position = 0 if node.op == "Gather" else 1
+    if node.domain or node.op not in LINEAR | {"Gather"} or [t.name for t in node.inputs].index(name) != position:
+        return False
+    weight = node.inputs[position]
+    rows, columns = (int(d or 0) for d in shape_of(weight) or ())
+    if dtype_of(weight) != np.float32 or graph.is_output(weight):
+        return False
+    if node.op == "Gather":
+        return int(node.attrs.get("axis", 0)) == 0 and rows * columns >= _LEAST_TABLE
+    bias = graph.optional_input(node, 2)
+    plain = not node.attrs and (bias is None or (is_constant(bias) and shape_of(bias) == (columns,)))
+    rank = shape_of(node.inputs[0])
+    return plain and rows * columns >= _LEAST and not is_constant(node.inputs[0]) and (rank is None or len(rank) > 1)
+
+
+def axis(node: Node) -> int:
+    """The axis of a weight along which its blocks run: that of a layer's inputs, or of a table's columns."""
+    return 1 if node.op == "Gather" else 0
+
+
+def blocks(node: Node, spec: TensorSpec) -> Blocks:
+    """How a node's weight is quantized where no data say better."""
+    assert spec.block_size is not None
+    search = "kquant" if spec.search == "auto" else spec.search
+    return Blocks(by_name(spec.dtype), spec.block_size, axis(node), search)
+
+
+def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict[str, NodePlan], scheme: str,
+            refused: Mapping[str, str], target: Target, barred: Collection[str]) -> None:
+    kernel = target.lowerings.get((node.op, "blocks"))
+    why = refused.get(node.name) or _no_kernel(node, spec, target)
+    stored = f"{spec.dtype} weights in blocks of {spec.block_size}"
+    if why is not None or kernel is None:
+        nodes[node.name] = NodePlan(node.name, node.op, STORED, STORED, f"{stored}: {_DECODED}: {why}",
+                                    weight=weight, activation=UNTOUCHED)
+        return
+    link = chain(graph, node, barred) if node.op in LINEAR else Chain(node, None, None, node.outputs[0])
+    add = link.bias_add
+    what = "whose rows are decoded as they are read" if node.op == "Gather" else "multiplied without being decoded first"
+    nodes[node.name] = NodePlan(node.name, node.op, scheme, kernel, f"{stored}, {what}", result=link.unclamped.name,
+                                weight=weight, activation=UNTOUCHED, bias_add=add.name if add is not None else None)
+    if add is not None:
+        nodes[add.name] = replace(nodes[add.name], scheme=scheme, lowering=kernel,
+                                  reason=f"computed by the kernel of {node.name}", part_of=node.name)
+
+
+def _no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
+    if (node.op, "blocks") not in target.lowerings:
+        return f"{target.name} has no kernel for such weights"
+    if node.op == "Gather" and by_name(spec.dtype).bits == 2:
+        return "rows of 2 bits have no kernel"
+    slow = by_name(spec.dtype).bits == 2 and spec.block_size in (16, 256)
+    return NO_INT8_KERNEL if slow and node.op in LINEAR else None
+
+
+def bits(spec: TensorSpec) -> float:
+    """Bits that a weight takes, with its share of a float32 scale and of a zero point."""
+    dtype: DType = by_name(spec.dtype)
+    assert spec.block_size is not None
+    return dtype.bits + (32 + (0 if spec.symmetric else dtype.bits)) / spec.block_size
+
+
+def weight_of(node: Node) -> Tensor:
+    """The weight of a linear layer, or the table of a look-up."""
+    return node.inputs[0 if node.op == "Gather" else 1]
