@@ -7,8 +7,7 @@ from old ones (`w.q`, `x.scale`) and are unique by construction; a clash is an e
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +18,8 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxq.errors import GraphError
 from onnxq.graph import tensors
-from onnxq.graph.tensors import Array, dtype_of, is_constant, port_of, shape_of, type_number
+from onnxq.graph.order import in_order
+from onnxq.graph.tensors import Array, Computed, dtype_of, is_constant, port_of, shape_of, type_number
 from onnxq.ports import Port
 
 Node: TypeAlias = Any  # gs.Node and gs.Tensor: the library ships no types
@@ -96,7 +96,7 @@ class Graph:
             yield from ((node, graph) for node in graph.nodes)
 
     def read(self, tensor: Tensor) -> Array:
-        """Values of a constant; mapped from disk where they are external, never cached."""
+        """Values of a constant; mapped from disk where they are external, computed where they are so, never cached."""
         return tensors.read(tensor, self.folder)
 
     def scalar(self, tensor: Tensor | None) -> float | None:
@@ -146,9 +146,20 @@ class Graph:
     # ------------------------------------------------------------------ editing
 
     def constant(self, name: str, values: Array) -> Tensor:
-        """A new stored tensor. Raises GraphError when the name is taken."""
+        """A new stored tensor, of int4 and the like, too. Raises GraphError when the name is taken."""
         self._claim(name)
-        self._made[name] = gs.Constant(name, np.asarray(values, order="C"))  # ascontiguousarray makes rank 0 rank 1
+        stored = tensors.storable(name, np.asarray(values, order="C"))  # ascontiguousarray makes rank 0 rank 1
+        self._made[name] = gs.Constant(name, stored)
+        return self._made[name]
+
+    def computed(self, name: str, dtype: Any, shape: Sequence[int], compute: Callable[[], Array]) -> Tensor:
+        """A new stored tensor whose values `compute` gives each time they are read and once more as it is saved.
+
+        They are never kept; `Shared` lets several tensors come from one computation. Raises GraphError when the name
+        is taken, and on reading when the values are of another dtype or shape.
+        """
+        self._claim(name)
+        self._made[name] = gs.Constant(name, Computed(name, np.dtype(dtype), shape, compute))
         return self._made[name]
 
     def shared_constant(self, name: str, values: Array) -> Tensor:
@@ -263,28 +274,7 @@ class Graph:
 
     def sort(self) -> None:
         """Bring nodes into execution order, keeping the present order where it is one. Raises GraphError on a cycle."""
-        nodes = list(self.ir.nodes)
-        position = {id(n): i for i, n in enumerate(nodes)}
-        waiting: dict[int, set[int]] = {}
-        readers: dict[int, list[int]] = {}
-        for i, node in enumerate(nodes):
-            needs = {position[id(p)] for t in self._reads(node) for p in t.inputs if id(p) in position} - {i}
-            waiting[i] = needs
-            for need in needs:
-                readers.setdefault(need, []).append(i)
-        ready = [i for i, needs in waiting.items() if not needs]
-        heapq.heapify(ready)
-        order = []
-        while ready:
-            i = heapq.heappop(ready)
-            order.append(nodes[i])
-            for reader in readers.get(i, ()):
-                waiting[reader].discard(i)
-                if not waiting[reader]:
-                    heapq.heappush(ready, reader)
-        if len(order) < len(nodes):
-            raise GraphError("the graph has a cycle; check the model with onnx.checker")
-        self.ir.nodes[:] = order
+        self.ir.nodes[:] = in_order(self.ir.nodes, self._reads)
 
     def prune(self) -> bool:
         """Drop nodes whose results nobody reads; whether any was dropped."""

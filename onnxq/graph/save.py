@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OutputError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
-from onnxq.graph.tensors import Widened, is_text, nbytes, stored
+from onnxq.graph.tensors import FIRST_IR, is_made, is_text, nbytes, stored, stored_type
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
@@ -62,6 +62,8 @@ def to_proto(graph: Graph) -> onnx.ModelProto:
         for key, value in extra.metadata.items():
             node.metadata_props.add(key=key, value=value)
     _store_once(model.graph)
+    model.ir_version = max([model.ir_version, *(FIRST_IR.get(t.data_type, 0) for g in with_bodies(model.graph)
+                                                for t in g.initializer)])
     made = {t for node in model.graph.node for t in node.output} | {t.name for t in model.graph.initializer}
     model.graph.quantization_annotation.extend(a for a in graph.annotations if a.tensor_name in made)
     for key, value in graph.metadata.items():
@@ -94,7 +96,7 @@ def _store_once(main: onnx.GraphProto) -> None:
 def _embed(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph) -> None:
     for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
         tensor = constants[proto.name]
-        if proto.data_location == onnx.TensorProto.EXTERNAL or isinstance(tensor._values, Widened):
+        if proto.data_location == onnx.TensorProto.EXTERNAL or is_made(tensor):
             _embed_one(proto, tensor, graph)
 
 
@@ -107,8 +109,8 @@ def _embed_one(proto: onnx.TensorProto, tensor: gs.Constant, graph: Graph) -> No
 
 def _clear(proto: onnx.TensorProto, tensor: gs.Constant) -> None:
     """Take out the values as the library exported them, which for widened ones are still those of the half type."""
-    if isinstance(tensor._values, Widened):
-        proto.data_type = onnx.TensorProto.FLOAT
+    if is_made(tensor):
+        proto.data_type = stored_type(tensor)
     for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
         proto.ClearField(field)
     del proto.external_data[:]
@@ -121,7 +123,7 @@ def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], gra
     for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
         tensor = constants[proto.name]
         if nbytes(tensor) < EXTERNAL_SMALLEST or is_text(tensor):
-            if isinstance(tensor._values, Widened):
+            if is_made(tensor):
                 _embed_one(proto, tensor, graph)
             continue
         offset = -(-offset // _ALIGN) * _ALIGN

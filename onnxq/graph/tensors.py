@@ -7,6 +7,7 @@ eagerly and breaks on sub-byte types.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from onnxq.errors import ModelError
+from onnxq.errors import GraphError, ModelError
 from onnxq.ports import BFLOAT16, Port
 
 Array = NDArray[Any]
@@ -30,6 +31,12 @@ _BITS: dict[int, int] = {
     for name, bits in (("INT4", 4), ("UINT4", 4), ("FLOAT4E2M1", 4), ("INT2", 2), ("UINT2", 2))
     if hasattr(onnx.TensorProto, name)
 }
+# the version of the file format that each of them came with
+FIRST_IR: dict[int, int] = {
+    getattr(onnx.TensorProto, name): version
+    for name, version in (("INT4", 10), ("UINT4", 10), ("FLOAT4E2M1", 11), ("INT2", 13), ("UINT2", 13))
+    if hasattr(onnx.TensorProto, name)
+}
 
 
 class Widened(LazyValues):  # type: ignore[misc]  # the library ships no types
@@ -38,6 +45,26 @@ class Widened(LazyValues):  # type: ignore[misc]  # the library ships no types
     def __init__(self, half: LazyValues) -> None:
         self.half, self.tensor, self.shape = half, half.tensor, half.shape
         self.dtype, self.nbytes = FLOAT32, 2 * half.nbytes
+
+
+class Computed(LazyValues):  # type: ignore[misc]
+    """Values that are computed each time they are asked for; `tensor` tells type and shape and holds no values.
+
+    Copies of a graph share it.
+    """
+
+    def __init__(self, name: str, dtype: np.dtype[Any], shape: Sequence[int], compute: Callable[[], Array]) -> None:
+        self.name, self.dtype, self.shape, self.compute = name, dtype, tuple(int(d) for d in shape), compute
+        self.tensor = onnx.TensorProto(name=name, data_type=type_number(dtype), dims=self.shape)
+        self.nbytes = stored_size(self.tensor.data_type, self.shape)
+
+    def values(self) -> Array:
+        """What `compute` gives. Raises GraphError when that is of another dtype or shape than was promised."""
+        found = self.compute()
+        if found.dtype != self.dtype or found.shape != self.shape:
+            raise GraphError(f"{self.name!r} was computed as {found.dtype} {list(found.shape)} in place of "
+                             f"{self.dtype} {list(self.shape)}; this is a bug in onnxq, please report it")
+        return found
 
 
 def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int | None]:
@@ -74,7 +101,7 @@ def read_proto(proto: onnx.TensorProto, folder: Path) -> Array:
 def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
     """The bytes of external data, mapped. Raises ModelError when the file is shorter than the tensor needs."""
     path, offset, length = external_location(proto, folder)
-    wanted = _stored_size(proto.data_type, tuple(proto.dims))
+    wanted = stored_size(proto.data_type, tuple(proto.dims))
     if os.path.getsize(path) < offset + wanted or (length is not None and length < wanted):
         raise ModelError(f"the external data of {proto.name!r} are shorter than its shape {list(proto.dims)} needs; "
                          "copy or export the model again")
@@ -83,8 +110,8 @@ def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
     return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
 
 
-def _stored_size(data_type: int, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor in a file."""
+def stored_size(data_type: int, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a file; types below a byte are packed, of strings there is no telling."""
     bits = _BITS.get(data_type) or 8 * np.dtype(onnx.helper.tensor_dtype_to_np_dtype(data_type)).itemsize
     return -(-int(np.prod(shape, dtype=np.int64)) * bits // 8)
 
@@ -98,23 +125,34 @@ def read(tensor: gs.Tensor, folder: Path) -> Array:
     """The values of a constant, not kept anywhere: a second call reads again."""
     if not isinstance(tensor, gs.Constant):
         raise TypeError(f"{tensor.name} is no constant")
-    values = tensor._values
+    return _values(tensor._values, folder)
+
+
+def _values(values: Array | LazyValues, folder: Path) -> Array:
     if isinstance(values, np.ndarray):
         return values
-    found = read_proto(values.tensor, folder)
-    return found.astype(FLOAT32) if isinstance(values, Widened) else found
+    if isinstance(values, Widened):
+        return _values(values.half, folder).astype(FLOAT32)
+    return values.values() if isinstance(values, Computed) else read_proto(values.tensor, folder)
 
 
 def stored(tensor: gs.Constant, folder: Path) -> NDArray[np.uint8]:
     """The bytes [n] of a constant as an external data file holds them; types below a byte are packed."""
     values = tensor._values
-    kept = not isinstance(values, (np.ndarray, Widened))
-    if kept and values.tensor.data_location == onnx.TensorProto.EXTERNAL:
-        return _map(values.tensor, folder)
+    if not is_made(tensor) and not isinstance(values, np.ndarray):
+        if values.tensor.data_location == onnx.TensorProto.EXTERNAL:
+            return _map(values.tensor, folder)
+        if values.tensor.HasField("raw_data"):
+            return np.frombuffer(values.tensor.raw_data, np.uint8)
     values = read(tensor, folder)
     if onnx.helper.np_dtype_to_tensor_dtype(values.dtype) in _BITS:
         return np.frombuffer(as_proto(tensor.name, values).raw_data, np.uint8)
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def is_made(tensor: gs.Constant) -> bool:
+    """Whether the values are made as they are read, so that the library exports others or none."""
+    return isinstance(tensor._values, (Widened, Computed))
 
 
 def is_text(tensor: gs.Constant) -> bool:
@@ -127,8 +165,13 @@ def nbytes(tensor: gs.Constant) -> int:
     values = tensor._values
     if isinstance(values, np.ndarray) or is_text(tensor):
         return int(values.nbytes)
-    data_type = onnx.TensorProto.FLOAT if isinstance(values, Widened) else values.tensor.data_type
-    return _stored_size(data_type, tuple(values.shape))
+    return stored_size(stored_type(tensor), tuple(values.shape))
+
+
+def stored_type(tensor: gs.Constant) -> int:
+    """The number of the element type of a constant that is no array."""
+    values = tensor._values
+    return onnx.TensorProto.FLOAT if isinstance(values, Widened) else int(values.tensor.data_type)
 
 
 def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -196,6 +239,11 @@ def _store(tensor: gs.Constant, values: Array | LazyValues) -> None:
     tensor._export_dtype = None  # a copied constant holds its type apart
 
 
+def storable(name: str, values: Array) -> Array | LazyValues:
+    """An array as the graph library can export it: packed already where several values share a byte."""
+    return LazyValues(as_proto(name, values)) if type_number(values.dtype) in _BITS else values
+
+
 def as_proto(name: str, values: Array) -> onnx.TensorProto:
     """A TensorProto of an array, for types that the graph library can't export itself."""
-    return numpy_helper.from_array(np.ascontiguousarray(values), name)
+    return numpy_helper.from_array(np.asarray(values, order="C"), name)
