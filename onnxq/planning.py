@@ -183,6 +183,8 @@ class Planning:
         """Find codes of weights that keep layers' results better than the nearest ones do."""
         if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
             return
+        if self.recipe.scheme.is_weight_only:
+            return
         with self.stage("round"):
             self._start(self.recipe.calibration.samples)
             self.used_data = True
@@ -190,7 +192,8 @@ class Planning:
 
     def correct(self, plan: Plan) -> None:
         """Find by how much each layer's bias has to make up for the error of its weights and input."""
-        if self.calib is not None and plan.quantizes and self.recipe.bias_correction:
+        active = self.recipe.bias_correction and not self.recipe.scheme.is_weight_only
+        if self.calib is not None and plan.quantizes and active:
             with self.stage("correct"):
                 self._start(correction.ROWS)
                 plan.bias_shifts = correction.mean_errors(self.graph, plan, self.calib, self.recipe.calibration,

@@ -179,7 +179,8 @@ class Settling:
                 found.latency = self._against_float(found.plan)
         if found.plan.quantized() and not self._pays(found.latency) and not self._fewer(found):
             self._without_int8(found)
-        if found.plan.quantizes and not found.plan.quantized() and verification.slower(found.latency):
+        decoded = found.plan.quantizes and not found.plan.quantized() and not self.request.recipe.scheme.is_weight_only
+        if decoded and verification.slower(found.latency):
             took = _took(found.latency)
             self.report.verdict.notices.append(f"decoding the stored weights takes time here ({took}), so they stay "
                                                "float")
@@ -192,7 +193,8 @@ class Settling:
         self.rival = self.reference
         self._retreat(found, found.plan)
         assert found.latency is not None
-        if (found.rewritten or found.plan.quantizes) and verification.slower(found.latency):
+        changes = found.rewritten or (found.plan.quantizes and not self.request.recipe.scheme.is_weight_only)
+        if changes and verification.slower(found.latency):
             self.report.verdict.notices.append(f"the model is left as it came: rewritten it ran at "
                                                f"{found.latency.speedup:.2f}x ({_took(found.latency)})")
             plan = without_masks(all_float(found.plan, "the whole model was measured to be faster as it came"))

@@ -33,7 +33,8 @@ Feed = Mapping[str, "np.ndarray[Any, Any]"]
 
 # two sessions in one process: the idle one's threads would spin beside the other's work
 _QUIET = (("session.intra_op.allow_spinning", "0"),)
-_INTEGER = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
+_ON_CODES = re.compile(r"(QLinear|QGemm|QAttention|MatMulInteger|MatMulNBits|MatMulBnb4|GatherBlockQuantized|"
+                       r"ConvInteger|DynamicQuantize(MatMul|LSTM)|NhwcMaxPool)")
 CONVERSIONS = frozenset({"DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear"})
 _IN_FLOAT = (FLOAT, STORED)
 # what the runtime fuses into a kernel in front of it
@@ -244,7 +245,7 @@ def _kernels(plan: Plan, ran: Sequence[Executed], outputs: Mapping[str, tuple[st
                      for name, made in outputs.items()}
     makes = [Planned(n.node, tuple(t for t in (n.result, f"{n.result}.q") if t) if n.is_int else
                      float_results.get(n.node, ()), ()) for n in plan.nodes.values()]
-    reads = [Planned(n.node, (), (f"{n.weight}.q", f"{n.weight}.q.wide"))
+    reads = [Planned(n.node, (), (f"{n.weight}.q", f"{n.weight}.q.wide", f"{n.weight}.blocks"))
              for n in plan.quantized() if n.weight and uses[n.weight] == 1]
     return {**match(makes, ran), **{name: kernel for name, kernel in match(reads, ran).items() if kernel is not None}}
 
@@ -277,7 +278,7 @@ def _fault(node: NodePlan, kernel: Executed | None, provider: str) -> str | None
 
 def is_integer(op: str) -> bool:
     """Whether an executed operator computes on codes."""
-    return _INTEGER.match(op.removeprefix("com.microsoft.")) is not None
+    return _ON_CODES.match(op.removeprefix("com.microsoft.")) is not None
 
 
 def ran_rows(compiled: str | Path, feeds: Sequence[Feed], options: SessionOptions) -> list[NodeRow]:

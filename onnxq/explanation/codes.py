@@ -13,7 +13,7 @@ from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.passes.quantize.per_token import ONE
-from onnxq.plan import STATIC, STORED, NodePlan, Plan
+from onnxq.plan import STATIC, STORED, UNTOUCHED, Blocks, NodePlan, Plan
 from onnxq.planner import given
 from onnxq.report.report import Encoding, NodeRow
 
@@ -117,13 +117,24 @@ def planned(plan: Plan, graph: Graph) -> dict[str, Encoding]:
     found = {name: of_params(params) for name, params in plan.activations.items()}
     for node, _ in graph.walk():
         verdict = plan.node(node.name)
-        if verdict is not None and verdict.activation != STATIC:
+        if verdict is not None and verdict.activation not in (STATIC, UNTOUCHED):
             for k in verdict.int_inputs:
                 found.setdefault(node.inputs[k].name, Encoding(_RUN_TIME_DTYPE, verdict.activation))
         for tensor in node.inputs:
             if is_constant(tensor) and tensor.name in plan.weights:
                 found[tensor.name] = of_params(plan.weights[tensor.name], elements(tensor))
+            elif is_constant(tensor) and tensor.name in plan.blocks:
+                found[tensor.name] = _of_blocks(plan.blocks[tensor.name], tensor)
     return found
+
+
+def _of_blocks(how: Blocks, weight: Tensor) -> Encoding:
+    """Scales are found as the weight is saved: how many there are is known, their values are not."""
+    dims = [int(d or 0) for d in shape_of(weight) or ()]
+    scales = -(-dims[how.axis] // how.block_size) * (elements(weight) // max(dims[how.axis], 1))
+    bits = elements(weight) * how.dtype.bits + scales * (32 + (0 if how.symmetric else how.dtype.bits))
+    return Encoding(how.dtype.name, "block", axis=how.axis, block_size=how.block_size, scales=scales,
+                    zero_point=0 if how.symmetric else None, float_bytes=4 * elements(weight), code_bytes=-(-bits // 8))
 
 
 def connect(rows: Sequence[NodeRow], verdicts: Mapping[str, NodePlan], graph: Graph) -> None:
