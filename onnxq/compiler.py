@@ -266,7 +266,7 @@ class _Compilation:
 
     def _build(self, plan: Plan, path: Path) -> None:
         """Write what a Plan that is not decided on yet would make, to be timed."""
-        graph, context = self.planning.graph_for(plan), Context(self.request.target, plan)
+        graph, context = self.planning.graph_for(plan), Context(self.request.target, plan.to_time())
         PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
         PassManager(lower(self.request.format)).run(graph, context)
         save(graph, path)

@@ -160,6 +160,11 @@ class Plan:
         """Nodes with a kernel of their own that computes on codes."""
         return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
 
+    def to_time(self) -> Plan:
+        """The Plan with scales that are found quickly: what is timed does not depend on them."""
+        quick = {name: dataclasses.replace(how, search="absmax") for name, how in self.blocks.items()}
+        return dataclasses.replace(self, blocks=quick)
+
     @property
     def quantizes(self) -> bool:
         """Whether anything is quantized or stored as codes."""

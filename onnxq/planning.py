@@ -18,7 +18,7 @@ from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.planner import alone, correction, masks, ranging, rounding, sensitivity, smoothing
+from onnxq.planner import alone, block_rounding, correction, masks, ranging, rounding, sensitivity, smoothing
 from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import Measured, Outline, outline
@@ -181,9 +181,12 @@ class Planning:
 
     def round(self, plan: Plan) -> None:
         """Find codes of weights that keep layers' results better than the nearest ones do."""
-        if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
-            return
         if self.recipe.scheme.is_weight_only:
+            with self.stage("round"):
+                self.progress.total(len(plan.blocks))
+                block_rounding.settle(self.graph_for(plan), plan, self.progress.step)
+            return
+        if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
             return
         with self.stage("round"):
             self._start(self.recipe.calibration.samples)

@@ -106,7 +106,7 @@ def emit(graph: Graph, unit: Unit, part: Plan, target: Target, values: Mapping[s
     Both take the same codes, so that their results can be compared.
     """
     small, context = cut(graph, unit.members, values), Context(target)
-    context.plan = part
+    context.plan = part.to_time()
     PassManager([*transform(part.dropped), *quantize()]).run(small, context)
     twin = small.copy()
     PassManager(lower(fmt)).run(small, context)

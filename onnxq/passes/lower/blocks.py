@@ -39,7 +39,7 @@ class LowerBlocks(Pass):
             position = 0 if node.op == "Gather" else 1
             if node.inputs[position].name != f"{verdict.weight}.decoded":
                 continue
-            self._lower(holder, graph, node, verdict, context.plan, shared)
+            self._lower(holder, graph, node, verdict, context, shared)
             found = True
         if found:
             for holder in graph.graphs():
