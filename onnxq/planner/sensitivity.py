@@ -38,7 +38,7 @@ def layers(nodes: Mapping[str, NodePlan], graph: Graph) -> list[Layer]:
         verdict = nodes.get(node.name)
         if verdict is None or not verdict.is_int or verdict.part_of is not None or verdict.result is None:
             continue
-        reads = node.inputs[verdict.int_inputs[0]]
+        reads = node.inputs[verdict.int_inputs[0] if verdict.int_inputs else 0]
         if (verdict.weight is not None or verdict.stored) and not is_constant(reads):
             found.append(Layer(node.name, node.op, verdict.lowering, reads.name, verdict.result))
     return found
