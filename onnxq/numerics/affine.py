@@ -24,7 +24,8 @@ LARGEST_SCALE = float(np.finfo(np.float32).max)
 BIAS_LIMIT = 2**30
 
 # The squared-error search tries 1 - step * k, k from 0 to SHRINK_STEPS, times the absolute maximum. The optimum of a
-# normally distributed channel is near 0.97 for 8 bits but near 0.7 for 4 bits, so 4-bit types take the longer steps.
+# normally distributed channel is near 0.97 for 8 bits but near 0.7 for 4 bits, so types of 4 bits or fewer take the
+# longer steps.
 SHRINK_STEPS = 10
 SHRINK_STEP = 0.02
 SHRINK_STEP_4BIT = 0.04
@@ -34,9 +35,9 @@ SHRINK_STEP_4BIT = 0.04
 class QuantParams:
     """How a tensor x is quantized.
 
-    scale: float32, positive and normal. [] for one scale per tensor (a single element of any rank counts as one too);
+    scale: float32, normal and positive. [] for one scale per tensor (a single element of any rank counts as one too);
     [C] for one per channel along `axis`, C = x.shape[axis]; with `block_size` B it has the shape of x except for
-    ceil(C / B) along `axis`.
+    ceil(C / B) along `axis`, and scales may be negative: see blocks.
     zero_point: dtype.storage, the shape of scale; the code that stands for 0.0.
     ValueError when the two differ in shape or have other dtypes.
     """
@@ -106,7 +107,7 @@ def quantize(x: npt.ArrayLike, params: QuantParams) -> npt.NDArray[Any]:
     x = np.asarray(x, dtype=np.float32)
     with np.errstate(over="ignore"):  # a quotient beyond float32 becomes inf, which saturates as it should
         codes = np.asarray(x / _expand(params.scale, x.shape, params))
-    # Only x can bring a NaN in, as scales are positive and finite; the sum of the codes would miss inf - inf.
+    # Only x can bring a NaN in, as scales are finite and not 0; the sum of the codes would miss inf - inf.
     if codes.size and np.isnan(codes.max()):
         raise ValueError("a tensor to quantize holds NaN; repair the weights or keep the node float")
     if params.dtype.bits > 16:
@@ -140,7 +141,7 @@ def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = I
     """Symmetric parameters for a float32 weight of any rank, per channel along `axis` (None: per tensor).
 
     Absolute maximum scales: scale = max(max|w|, least) / qmax, with `least` a scalar or [C], at least 0. With `mse`,
-    each channel takes the factor f on a grid (1.0, 0.98 .. 0.80; for 4-bit types 1.0, 0.96 .. 0.60) whose scale
+    each channel takes the factor f on a grid (1.0, 0.98 .. 0.80; up to 4 bits 1.0, 0.96 .. 0.60) whose scale
     f * max|w| / qmax has the least squared error sum((dequantize(quantize(w)) - w)**2). The largest f wins a tie, so
     the result is never worse than f = 1. A shrunk scale saturates: the code qmin may then occur.
     A channel of zeros (or without elements) gets scale 1.0. Extra memory: with `mse` two arrays of the size of w.
@@ -155,7 +156,7 @@ def weight_params(w: npt.NDArray[np.float32], axis: int | None, dtype: DType = I
     if not mse:
         return best
     best_error = _squared_error(w, best, others)
-    step = SHRINK_STEP_4BIT if dtype.bits == 4 else SHRINK_STEP
+    step = SHRINK_STEP_4BIT if dtype.bits <= 4 else SHRINK_STEP
     for k in range(1, SHRINK_STEPS + 1):
         shrunk = absmax * (1.0 - step * k)
         trial = choose(-shrunk, shrunk, dtype, symmetric=True, axis=kept)
