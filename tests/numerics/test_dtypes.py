@@ -36,5 +36,5 @@ def test_by_name(dtype):
 
 
 def test_by_name_lists_the_known_names():
-    with pytest.raises(UsageError, match=r"unknown data type 'int3'; use one of int4, uint4, .*int32"):
+    with pytest.raises(UsageError, match=r"unknown data type 'int3'; use one of int2, uint2, int4, .*int32"):
         dtypes.by_name("int3")

@@ -1,0 +1,183 @@
+"""Parameters by block against the definition written down block by block, and what they promise of the error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nbits_support import run_kernel
+
+from onnxq.numerics import affine, blocks, packing
+from onnxq.numerics.blocks import choose, quantize_packed
+from onnxq.numerics.dtypes import INT2, INT4, INT8, INT16, UINT2, UINT4, UINT8
+
+TYPES = (INT2, UINT2, INT4, UINT4, INT8, UINT8)
+SEARCHES = ("absmax", "mse")
+few = settings(deadline=None, max_examples=40)
+SEEDS = st.integers(0, 2**32 - 1)
+any_type = st.sampled_from(TYPES)
+any_search = st.sampled_from(SEARCHES)
+
+
+def weight(seed, inputs=None, outputs=None):
+    """[K, N] of a random size: columns of several sizes, a few heavy entries, some blocks of zeros."""
+    rng = np.random.default_rng(seed)
+    inputs, outputs = inputs or int(rng.integers(1, 70)), outputs or int(rng.integers(1, 9))
+    w = rng.standard_t(4, size=(inputs, outputs)) * rng.uniform(0.01, 10.0, outputs) + rng.choice([0.0, 0.5])
+    w[: inputs // 3, rng.random(outputs) < 0.2] = 0.0
+    return w.astype(np.float32)
+
+
+def parts(w, size):
+    return [w[first : first + size] for first in range(0, len(w), size)]
+
+
+def squared_errors(w, params):
+    """[ceil(K / B), N] in float64."""
+    error = affine.dequantize(affine.quantize(w, params), params).astype(np.float64) - w
+    return np.array([np.square(part).sum(axis=0) for part in parts(error, params.block_size)]).reshape(
+        params.scale.shape)
+
+
+@given(SEEDS, any_type, st.integers(1, 40), st.booleans())
+@few
+def test_absolute_maximum_block_by_block(seed, dtype, size, symmetric):
+    w = weight(seed)
+    params = choose(w, dtype, size, symmetric)
+    assert (params.axis, params.block_size, params.dtype) == (0, size, dtype)
+    middle = 2 ** (dtype.bits - 1)
+    for b, part in enumerate(parts(w, size)):
+        for n in range(w.shape[1]):
+            column = part[:, n]
+            if symmetric:
+                extreme = min(column, key=lambda value: (-abs(value), value))
+                expected, zero = np.float32(extreme / -middle if extreme else 1.0), dtype.qmin + middle
+            else:
+                found = affine.choose(column.min(), column.max(), dtype)
+                expected, zero = found.scale, found.zero_point
+            assert params.scale[b, n] == expected
+            assert params.zero_point[b, n] == zero
+
+
+@given(SEEDS, any_type, st.integers(1, 40))
+@few
+def test_the_largest_weight_is_kept_and_others_are_within_a_step(seed, dtype, size):
+    """Half a step off where the code is not clipped; the code above the highest is one step off at most."""
+    w = weight(seed)
+    params = choose(w, dtype, size, symmetric=True)
+    off = np.abs(affine.dequantize(affine.quantize(w, params), params) - w)
+    for b, part in enumerate(parts(w, size)):
+        scale = np.abs(params.scale[b])
+        assert (off[b * size : b * size + len(part)] <= scale * (1 + 1e-6)).all()
+        largest = np.abs(part).argmax(axis=0)
+        signed = part[largest, range(w.shape[1])]
+        tied = (part == -signed).any(axis=0)  # of a pair that differs in sign one saturates
+        np.testing.assert_array_equal(off[b * size + largest, range(w.shape[1])][~tied], 0.0)
+
+
+def test_a_symmetric_block_by_hand():
+    w = np.float32([[0.5, -0.5], [4, -4], [-3.6, 3.6], [0, 0]])
+    params = choose(w, INT4, 4, symmetric=True)
+    assert params.scale.tolist() == [[-0.5, 0.5]]
+    codes = affine.quantize(w, params)
+    assert codes.T.tolist() == [[-1, -8, 7, 0], [-1, -8, 7, 0]]
+    assert affine.dequantize(codes, params).T.tolist() == [[0.5, 4, -3.5, 0], [-0.5, -4, 3.5, 0]]
+
+
+def test_an_asymmetric_block_is_widened_to_contain_0():
+    params = choose(np.float32([[2], [5], [-1], [-3]]), UINT4, 2, symmetric=False)
+    np.testing.assert_allclose(params.scale[:, 0], [5 / 15, 3 / 15], rtol=1e-7)
+    assert params.zero_point[:, 0].tolist() == [0, 15]
+
+
+@given(SEEDS, any_type, st.integers(1, 40), st.booleans())
+@few
+def test_the_search_for_the_least_error_loses_nowhere(seed, dtype, size, symmetric):
+    w = weight(seed)
+    plain, searched = (squared_errors(w, choose(w, dtype, size, symmetric, search)) for search in SEARCHES)
+    assert (searched <= plain * (1 + 1e-5) + 1e-12 * np.square(np.abs(w).max())).all()
+
+
+@pytest.mark.parametrize(("dtype", "symmetric", "gain"), [(INT2, True, 0.87), (UINT2, False, 0.7), (INT4, True, 0.92),
+                                                          (UINT4, False, 0.95), (INT8, True, 0.94)])
+def test_the_search_gains(dtype, symmetric, gain):
+    """Normal weights in blocks of 32. At 8 bits the choice of the sign gains."""
+    w = np.random.default_rng(5).normal(size=(512, 64)).astype(np.float32)
+    plain, searched = (squared_errors(w, choose(w, dtype, 32, symmetric, search)).sum() for search in SEARCHES)
+    assert searched < gain * plain
+
+
+@given(SEEDS, any_type, st.sampled_from([4, 16, 32]), st.booleans(), any_search, st.booleans())
+@few
+def test_one_go_gives_the_bytes_of_three_steps(seed, dtype, size, symmetric, search, half):
+    w = weight(seed)
+    if half:
+        w = w.astype(np.float16)
+    params = choose(w, dtype, size, symmetric, search)
+    expected = packing.pack_matmul(affine.quantize(w, params), params)
+    for one, other in zip(quantize_packed(w, dtype, size, symmetric, search), expected, strict=True):
+        assert (one is None) == (other is None)
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [16, 32, 256])
+def test_chunks_make_no_difference(monkeypatch, size, symmetric):
+    w = weight(3, 700, 90)
+    whole = quantize_packed(w, INT4, size, symmetric)
+    monkeypatch.setattr(blocks, "COLUMNS", 7)
+    monkeypatch.setattr(blocks, "CELLS", 2000)
+    for found, expected in zip(quantize_packed(w, INT4, size, symmetric), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    params = choose(w, INT4, size, symmetric)
+    np.testing.assert_array_equal(params.scale, whole[1].T)
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("dtype", [INT2, INT4, INT8], ids=lambda dtype: dtype.name)
+def test_the_kernel_multiplies_by_negative_scales(dtype, level):
+    """Both signs occur; level 4 rounds x to 8 bits by block, half of max|x| / 127 off at most."""
+    w = np.random.default_rng(1).normal(size=(96, 16)).astype(np.float32)
+    packed = quantize_packed(w, dtype, 32, True)
+    assert (packed[1] < 0).any()
+    assert (packed[1] > 0).any()
+    x = np.random.default_rng(2).normal(size=(2, 96)).astype(np.float32)
+    found = run_kernel("MatMulNBits", x, list(packed), K=96, N=16, bits=dtype.bits, block_size=32, accuracy_level=level)
+    kept = affine.dequantize(*packing.unpack_matmul(packed, dtype, 96, 32)).astype(np.float64)
+    rounding = np.abs(x).max() * (0.5 / 127 if level else 96 * 2.0**-24)
+    assert (np.abs(found - x @ kept) <= 1.01 * rounding * np.abs(kept).sum(axis=0)).all()
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e38])
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_stay_normal(scale, search, symmetric):
+    w = np.random.default_rng(4).uniform(-3, 3, (32, 4)) * scale
+    params = choose(w.astype(np.float32), INT4, 16, symmetric, search)
+    size = np.abs(params.scale)
+    assert (size >= affine.SMALLEST_SCALE).all()
+    assert np.isfinite(size).all()
+
+
+def test_weights_without_inputs_or_outputs():
+    for shape in ((0, 3), (3, 0)):
+        w = np.zeros(shape, np.float32)
+        assert choose(w, INT4, 16, True).scale.shape == (-(-shape[0] // 16), shape[1])
+        assert quantize_packed(w, UINT4, 16, False)[0].shape == (shape[1], -(-shape[0] // 16), 8)
+
+
+@pytest.mark.parametrize(("w", "dtype", "size", "says"), [
+    (np.float32([[1], [np.nan]]), INT4, 2, "NaN"),
+    (np.float32([[1], [np.inf]]), INT4, 2, "NaN"),
+    (np.float32([1, 2]), INT4, 2, r"\[K, N\]"),
+    (np.float64([[1], [2]]), INT4, 2, "float32 or float16"),
+    (np.float32([[1], [2]]), INT16, 2, "2, 4 or 8 bits"),
+    (np.float32([[1], [2]]), INT4, 0, "no blocks"),
+])
+def test_what_does_not_fit_is_refused(w, dtype, size, says):
+    for call in (choose, quantize_packed):
+        with pytest.raises(ValueError, match=says):
+            call(w, dtype, size, True)
+    with pytest.raises(ValueError, match="fill bytes"):
+        quantize_packed(np.ones((4, 4), np.float32), INT4, 3, True)
