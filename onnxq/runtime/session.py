@@ -127,17 +127,6 @@ class Session:
             return {}  # onnxruntime reads an empty list as "all outputs"
         return dict(zip(wanted, self._run(wanted, self._checked(feed)), strict=True))
 
-    def step(self, feed: Mapping[str, np.ndarray[Any, Any]], state: Mapping[str, Any], outputs: Sequence[str],
-             kept: Sequence[str]) -> tuple[dict[str, np.ndarray[Any, Any]], list[Any]]:
-        """`run` for a model that takes back what it made: (`outputs` as arrays, `kept` outputs as they are).
-
-        `state` holds inputs as an earlier step kept them, which nothing copies or checks; `feed` the others.
-        """
-        given = {**self._checked(feed, state), **state}
-        found = self._call(self._session.run_with_ort_values, [*outputs, *kept], given)
-        arrays = {name: _array(value) for name, value in zip(outputs, found[:len(outputs)], strict=True)}
-        return arrays, found[len(outputs):]
-
     def runner(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> Callable[[], None]:
         """A call that runs the model on `feed`, which is checked here and not at each call; for timing.
 
@@ -185,35 +174,30 @@ class Session:
             ) from error
 
     def _run(self, names: list[str] | None, feed: dict[str, Any]) -> list[Any]:
-        if self._own_values:
-            return [_array(value) for value in self._call(self._session.run_with_ort_values, names, feed)]
-        return self._call(self._session.run, names, feed)
-
-    def _call(self, run: Callable[..., Any], names: list[str] | None, feed: dict[str, Any]) -> list[Any]:
         try:
-            return list(run(names, feed))
+            if self._own_values:
+                return [_array(value) for value in self._session.run_with_ort_values(names, feed)]
+            arrays: list[Any] = self._session.run(names, feed)
         except Exception as error:
             raise ModelError(
                 f"onnxruntime failed in a run of {self.label}: {_first_line(error)}; check that the sizes of the "
                 "inputs agree with one another and with the model"
             ) from error
+        return arrays
 
-    def _checked(self, feed: Mapping[str, np.ndarray[Any, Any]], state: Mapping[str, Any] | None = None
-                 ) -> dict[str, Any]:
-        """The inputs apart from those of a `state`; as onnxruntime's own values beside one, or where they must be."""
+    def _checked(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         names = [port.name for port in self.inputs]
         for name in feed:
             if name not in names:
                 raise DataError(f"{self.label} has no input '{name}'; leave it out, the inputs are {_listed(names)}")
         checked: dict[str, Any] = {}
-        ports = [port for port in self.inputs if port.name not in (state or ())]
-        for port in ports:
+        for port in self.inputs:
             if port.name not in feed:
                 raise DataError(f"input '{port.name}' of {self.label} is missing from the feed; add it as {port}")
             given = feed[port.name]
             checked[port.name] = given if port.dtype is None else _fitting(port, given)
-        if self._own_values or state is not None:
-            return {port.name: _ort_value(port, checked[port.name]) for port in ports}
+        if self._own_values:
+            return {port.name: _ort_value(port, checked[port.name]) for port in self.inputs}
         return checked
 
 

@@ -131,28 +131,6 @@ def test_bfloat16_beside_other_types() -> None:
     assert {k: v.tolist() for k, v in got.items()} == {"j": [[3], [4]], "y": [1, 2]}
 
 
-@pytest.mark.parametrize("dtype", [TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16])
-def test_steps_go_on_with_what_they_kept(dtype: int) -> None:
-    """A model that joins what it is fed to its past: three steps give the whole."""
-    joining = [helper.make_node("Concat", ["past", "new"], ["present"], axis=0),
-               helper.make_node("Identity", ["new"], ["y"])]
-    session = Session(model_bytes(joining, [value("past", ["p"], dtype), value("new", ["n"], dtype)],
-                                  [value("y", ["n"], dtype), value("present", ["t"], dtype)]))
-    kind = session.inputs[0].dtype
-    found, kept = session.step({"past": np.zeros(0, kind), "new": np.array([1, 2], kind)}, {}, ["y"], ["present"])
-    assert found["y"].tolist() == [1, 2]
-    for number in (3, 4):
-        found, kept = session.step({"new": np.array([number], kind)}, {"past": kept[0]}, ["y"], ["present"])
-        assert (list(found), found["y"].tolist()) == (["y"], [number])
-    found, none = session.step({"new": np.array([5], kind)}, {"past": kept[0]}, ["present", "y"], [])
-    assert (found["present"].tolist(), found["y"].tolist(), none) == ([1, 2, 3, 4, 5], [5], [])
-    assert found["present"].dtype == kind
-    with pytest.raises(DataError, match=r"input 'new' of .* is missing from the feed"):
-        session.step({}, {"past": kept[0]}, ["y"], [])
-    with pytest.raises(DataError, match=r"input 'past' of .* is missing from the feed"):
-        session.step({"new": np.array([5], kind)}, {}, ["y"], [])
-
-
 def test_what_numpy_has_no_type_for_has_no_dtype() -> None:
     cast = helper.make_graph([helper.make_node("Cast", ["x"], ["y"], to=1)], "g",
                              [value("x", [2], TensorProto.FLOAT8E5M2)], [value("y", [2])])
