@@ -22,7 +22,7 @@ from onnxq.runtime.race import KernelTime
 from onnxq.runtime.timings import TimingCache, default_folder
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "verify", "bench", "inspect", "explain", "schemes", "cache")
+COMMANDS = ("compile", "analyze", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
              "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}

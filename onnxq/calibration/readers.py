@@ -1,6 +1,7 @@
 """DATA on the command line, as a stream of feeds for a model.
 
-DATA is an .npz file, a folder of .npz, of .npy or of image files, a text file, `module:function`, or the word `random`.
+DATA is an .npz file, a folder of .npz, of .npy or of image files, a text file, a file of token ids, `module:function`,
+or the word `random`.
 Nothing is ever made up: random data come only when asked for by that word. NaN is not looked for here.
 """
 
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import plugins
-from onnxq.calibration import images, text
+from onnxq.calibration import images, text, tokens
 from onnxq.calibration.dataset import Batch, Dataset
 from onnxq.calibration.layout import (
     LABELS,
@@ -38,7 +39,8 @@ _AS_THE_MODEL_SUGGESTS = Preprocessing()
 _RANDOM_ROWS = 16
 _RANDOM_SIZE = 64  # of a dynamic axis that is not the batch
 _KINDS = (
-    "an .npz file, a folder of .npz, .npy or image files, a .txt or .jsonl text, module:function or the word random"
+    "an .npz file, a folder of .npz, .npy or image files, a .txt or .jsonl text, an .npy of token ids, module:function "
+    "or the word random"
 )
 
 
@@ -55,6 +57,7 @@ def open_data(
     - folder: of such .npz files (a file may also be one feed as it is), their rows in the order of the names; or of
       `NAME.npy` per input; or of images, in sub-folders too, made into rows as `how` says (see images.Images).
     - `.txt`, `.jsonl`: tokenized into rows as `how` says (see text.Text).
+    - `.npy`, or `.npz` with `tokens` alone: ids for a language model, labelled with the next ones (see tokens.Tokens).
     - `module:function`, a function or an iterable: a dictionary per feed, with `labels` at will. A function is called
       anew for each pass.
     - `random`: 16 rows (more where the model's fixed batch is larger) made from `seed`: dynamic axes are 64, integers 0
@@ -240,7 +243,12 @@ def _open_named(spec: str | os.PathLike[str], ports: Sequence[Port], seed: int, 
     if exists and path.is_dir():
         return _open_folder(path, ports, how)
     if exists and path.suffix.lower() == ".npz":
-        return _Arrays(path.name, [(path.name, npz_columns(path))], ports)
+        columns = npz_columns(path)
+        if list(columns) == [tokens.KEY] and tokens.KEY not in {port.name for port in ports}:
+            return tokens.Tokens(path.name, columns[tokens.KEY], ports, how)
+        return _Arrays(path.name, [(path.name, columns)], ports)
+    if exists and path.suffix.lower() == ".npy":
+        return tokens.Tokens(path.name, npy_column(path), ports, how)
     if exists and path.suffix.lower() in text.SUFFIXES:
         return text.Text(path, ports, how)
     if not exists and plugins.is_reference(given):

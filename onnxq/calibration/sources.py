@@ -60,6 +60,10 @@ class Column(ABC):
         with ExitStack() as stack:
             return self.open(stack)((self.shape or (1,))[0]).reshape(self.shape)
 
+    def view(self) -> Array:
+        """The whole array, to read: from the disk as it is looked at, where its file can be mapped."""
+        return self.load()
+
 
 @dataclass(frozen=True)
 class Mapped(Column):
@@ -70,12 +74,15 @@ class Mapped(Column):
     fortran: bool
 
     def open(self, stack: ExitStack) -> Reader:
+        return _cut(self.view())
+
+    def view(self) -> Array:
         shape = self.shape or (1,)
         if not math.prod(shape):  # nothing to map
-            return _cut(np.empty(shape, self.dtype))
+            return np.empty(shape, self.dtype)
         order: Literal["C", "F"] = "F" if self.fortran else "C"
         with readable(self.where):
-            return _cut(np.memmap(self.path, self.dtype, "r", self.offset, shape, order))
+            return np.memmap(self.path, self.dtype, "r", self.offset, shape, order)
 
 
 @dataclass(frozen=True)

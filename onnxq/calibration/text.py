@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxq.calibration.dataset import Batch, Dataset
-from onnxq.calibration.layout import Feed, describe
 from onnxq.calibration.sources import Array
+from onnxq.calibration.vocabulary import load_tokenizer
 from onnxq.errors import DataError
+from onnxq.language import MASK, TokenInputs, Unrecognised, token_inputs
 from onnxq.ports import Port
 from onnxq.recipe import Preprocessing
 
@@ -24,11 +25,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SUFFIXES = (".jsonl", ".txt")
-IDS, MASK, SEGMENTS, POSITIONS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
-_TOKEN_INPUTS = (IDS, MASK, SEGMENTS, POSITIONS)
+LENGTH = 128  # tokens of a row unless the recipe or the model says otherwise
 _KEYS = ("text", "inputs_pretokenized")
 _PAD_TOKENS = ("[PAD]", "<pad>")
-_LENGTH = 128  # tokens of a row unless the recipe or the model says otherwise
 _PIECE = 1 << 18  # characters tokenized at once
 
 
@@ -36,7 +35,7 @@ class Text(Dataset):
     """Rows of tokens from a .txt or .jsonl file, for inputs known by their names.
 
     `input_ids` [rows, length] are the tokens, `attention_mask` 1 where there is one, `token_type_ids` 0,
-    `position_ids` 0, 1, 2 ...; float inputs `past_*` with an axis named past* are an empty key/value cache.
+    `position_ids` 0, 1, 2 ...; of a key/value cache (see onnxq.language) nothing is there yet.
 
     Mode `lines`: a row per line that is not blank, or per record of a .jsonl (its `text` or `inputs_pretokenized`),
     with the tokenizer's special tokens, cut to `length` and padded on the right if the model takes an attention mask;
@@ -51,19 +50,15 @@ class Text(Dataset):
 
     def __init__(self, path: Path, ports: Sequence[Port], how: Preprocessing) -> None:
         self.name = path.name
-        self._path, self._ports = path, ports
-        tokens = _token_ports(ports)
-        self._step = _agreed(tokens, 0, "rows")
-        fixed = _agreed(tokens, 1, "tokens")
-        if how.length is not None and fixed not in (None, how.length):
-            raise DataError(f"the model takes rows of {fixed} tokens and data.length in the recipe is {how.length}; "
-                            "leave it out")
-        self._length = how.length or fixed or _LENGTH
-        self._stream = how.mode == "stream" or (how.mode is None and len(tokens) < len(ports))
-        self._pads = any(port.name == MASK for port in tokens)
-        self._exact = fixed is not None
+        self._path, self._inputs = path, inputs_of(ports)
+        self._step = self._inputs.rows
+        self._length = row_length(self._inputs, how) or LENGTH
+        self._stream = how.mode == "stream" or (how.mode is None and len(self._inputs.pasts) > 0)
+        self._pads = self._inputs.has_mask
+        self._exact = self._inputs.length is not None
         vocabulary = Path(how.tokenizer) if how.tokenizer is not None else path.with_name("tokenizer.json")
-        self._tokenizer = _tokenizer(vocabulary)
+        self._tokenizer = load_tokenizer(vocabulary, "a text", "name the model's tokenizer.json with tokenizer: under "
+                                         "data: in the recipe, or put it beside the text")
         self._pad = _pad_id(self._tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -111,14 +106,8 @@ class Text(Dataset):
         """Of rows [rows, length] where -1 is padding, or in a stream [rows, length + 1]."""
         labels = np.ascontiguousarray(rows[:, 1:]) if self._stream else None
         tokens = rows[:, :-1] if self._stream else rows
-        mask = tokens >= 0
-        made = {IDS: np.where(mask, tokens, self._pad), MASK: mask, SEGMENTS: np.zeros_like(tokens),
-                POSITIONS: np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))}
-        feed: Feed = {}
-        for port in self._ports:
-            values = made[port.name] if port.name in made else np.zeros(_past_shape(port, self._ports, len(tokens)))
-            feed[port.name] = values.astype(port.dtype)
-        return Batch(feed, labels, len(tokens), first)
+        real = tokens >= 0
+        return Batch(self._inputs.prefill(np.where(real, tokens, self._pad), real), labels, len(tokens), first)
 
     def _stream_rows(self) -> Iterator[Array]:
         """[length + 1] each; the tokens after the last whole row are dropped."""
@@ -147,59 +136,20 @@ class Text(Dataset):
                             "Unicode") from error
 
 
-def _token_ports(ports: Sequence[Port]) -> list[Port]:
-    """The inputs for tokens. Raises DataError unless they and the cache are all that the model takes."""
-    tokens = [port for port in ports if port.name in _TOKEN_INPUTS]
-    others = [port for port in ports if port.name not in _TOKEN_INPUTS and not _is_past(port)]
-    if others or IDS not in {port.name for port in tokens}:
-        found = ", ".join(f"{port.name} {port}" for port in others or ports)
-        raise DataError(f"text fills the inputs {', '.join(_TOKEN_INPUTS)} and an empty past_*, with {IDS} among them, "
-                        f"and the model takes {found}; write an .npz with an array per input")
-    for port in tokens:
-        if port.shape is None or len(port.shape) != 2 or port.dtype is None or port.dtype.kind not in "iubf":
-            raise DataError(f"text fills inputs of [rows, tokens] and input '{port.name}' is "
-                            f"{describe(port.dtype, port.shape)}; write an .npz with an array per input")
-    for port in ports:
-        if port.name not in _TOKEN_INPUTS:
-            _past_shape(port, ports, 1)
-    return tokens
+def inputs_of(ports: Sequence[Port]) -> TokenInputs:
+    """The roles of the inputs. Raises DataError for a model that wants more than tokens."""
+    try:
+        return token_inputs(ports)
+    except Unrecognised as reason:
+        raise DataError(f"{reason}; write an .npz with an array per input") from None
 
 
-def _is_past(port: Port) -> bool:
-    return (port.name.startswith("past_") and port.dtype is not None and port.dtype.kind == "f"
-            and any(_is_past_axis(dim) for dim in port.shape or ()))
-
-
-def _is_past_axis(dim: int | str | None) -> bool:
-    return isinstance(dim, str) and dim.lower().startswith("past")
-
-
-def _past_shape(port: Port, ports: Sequence[Port], rows: int) -> tuple[int, ...]:
-    """An empty cache: 0 along past*, `rows` along the batch axis. Raises DataError for another axis that is free."""
-    batch = next((p.shape or (None,))[0] for p in ports if p.name == IDS)
-    named = isinstance(batch, str) and batch in (port.shape or ())
-    sizes = []
-    for axis, dim in enumerate(port.shape or ()):
-        if _is_past_axis(dim):
-            sizes.append(0)
-        elif isinstance(dim, int):
-            sizes.append(dim)
-        elif dim == batch if named else axis == 0:
-            sizes.append(rows)
-        else:
-            raise DataError(f"input '{port.name}' is {describe(port.dtype, port.shape)}, where the size of axis {axis} "
-                            "is not known; write an .npz with an array per input")
-    return tuple(sizes)
-
-
-def _agreed(ports: Iterable[Port], axis: int, what: str) -> int | None:
-    """The size that the inputs fix along an axis, or None. Raises DataError for two sizes."""
-    sizes = {port.shape[axis]: port.name for port in ports if port.shape and isinstance(port.shape[axis], int)}
-    if len(sizes) > 1:
-        found = ", ".join(f"{name} {size}" for size, name in sizes.items())
-        raise DataError(f"the model's inputs take unequal numbers of {what} ({found}); write an .npz with an array per "
-                        "input")
-    return next((size for size in sizes if isinstance(size, int)), None)
+def row_length(inputs: TokenInputs, how: Preprocessing) -> int | None:
+    """Tokens of a row by the recipe or the model, or None. Raises DataError where the two differ."""
+    if how.length is not None and inputs.length not in (None, how.length):
+        raise DataError(f"the model takes rows of {inputs.length} tokens and data.length in the recipe is {how.length};"
+                        " leave it out")
+    return how.length or inputs.length
 
 
 def _groups(rows: Iterable[Array], size: int) -> Iterator[list[Array]]:
@@ -251,21 +201,6 @@ def _records(path: Path) -> Iterator[tuple[str, str]]:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path.name} can't be read ({error}); give a text file in UTF-8")
-
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise DataError(f"a text needs the package tokenizers ({error}); pip install 'onnxq[text]'") from None
-    if not path.is_file():
-        raise DataError(f"there is no tokenizer {path}; name the model's tokenizer.json with tokenizer: under data: in "
-                        "the recipe, or put it beside the text")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        raise DataError(f"tokenizer {path} can't be read ({error}); give the tokenizer.json that came with the model"
-                        ) from error
 
 
 def _pad_id(tokenizer: Tokenizer) -> int:

@@ -3,12 +3,13 @@
 from onnxq.cli.analyze import analyze_model
 from onnxq.cli.cache import show_cache
 from onnxq.cli.compile import compile_model
+from onnxq.cli.generate import generate_text
 from onnxq.cli.group import cli, main
 from onnxq.cli.models import bench_models, explain_node, inspect_model, verify_models
 from onnxq.cli.schemes import list_schemes
 
-for _command in (compile_model, analyze_model, verify_models, bench_models, inspect_model, explain_node, list_schemes,
-                 show_cache):
+for _command in (compile_model, analyze_model, verify_models, bench_models, generate_text, inspect_model, explain_node,
+                 list_schemes, show_cache):
     cli.add_command(_command)
 
 __all__ = ["cli", "main"]

@@ -67,6 +67,7 @@ def cli() -> None:
       onnxq analyze model.onnx --calib calib.npz
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1
       onnxq bench model.onnx model.w8a8.onnx --threads 2
+      onnxq generate model.onnx --prompt 'Once upon a time'
       onnxq schemes
 
     \b

@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 DEBUG = "onnxq.debug"  # key of click's context: is --debug on
-DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, MODULE:FUNCTION giving dicts, or the "
-        "word random")
+DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, an .npy of token ids, MODULE:FUNCTION "
+        "giving dicts, or the word random")
 POSITIVE = click.IntRange(min=1)
 
 

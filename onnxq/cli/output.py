@@ -63,8 +63,13 @@ def print_json(data: Any) -> None:
 
 def print_text(text: str) -> None:
     """Text on stdout, its line end added if it has none."""
+    print_piece(text.removesuffix("\n") + "\n")
+
+
+def print_piece(text: str) -> None:
+    """Text on stdout, at once and as it is."""
     try:
-        click.echo(text.removesuffix("\n"), color=True)  # rich has decided on colours
+        click.echo(text, nl=False, color=True)  # rich has decided on colours
     except BrokenPipeError:
         raise
     except OSError as e:

@@ -184,8 +184,9 @@ class Psnr:
 class Perplexity:
     """exp(mean negative log likelihood of the labels under softmax(logits)), over all positions with label >= 0.
 
-    Output [.., V] holds logits, labels [..] token ids below V; a negative label leaves its position out. Labels are
-    used as they stand: the caller has shifted them. Log-sum-exp in float64, a chunk of positions at a time.
+    Output [.., V] holds logits (None: the one called so, or the first), labels [..] token ids below V; a negative label
+    leaves its position out. Labels are used as they stand: the caller has shifted them. Log-sum-exp in float64, a chunk
+    of positions at a time.
     """
 
     output: str | None = None
@@ -197,7 +198,7 @@ class Perplexity:
 
     def update(self, outputs: dict[str, Array], labels: Array | None, inputs: dict[str, Array]) -> None:
         """Fold in a batch: output [.., V], labels [..]."""
-        logits = _scored(outputs, self.output)
+        logits = _scored(outputs, self.output or ("logits" if "logits" in outputs else None))
         if logits.ndim < 2:
             raise UsageError("perplexity needs logits [.., V]; name the output that holds them")
         size = logits.shape[-1]

@@ -153,6 +153,25 @@ def schemes(rows: Sequence[tuple[str, str]]) -> str:
     return _text(lambda console: console.print(_table(("scheme", "what it does"), rows)))
 
 
+def continuations(found: dict[str, Any]) -> str:
+    """What two models made of one prompt: each with its rates and text, and how far they agree."""
+
+    def draw(console: Console) -> None:
+        for key in ("float", "compiled"):
+            made = found[key]
+            _line(console, f"{wording.clean(made['model'])}: {wording.generated(made)}", "bold")
+            text = made["text"] if made["text"] is not None else " ".join(map(str, made["ids"]))
+            console.print(Text(wording.printable(text)), soft_wrap=True)
+            _line(console)
+        most, agreed = max(len(found[key]["ids"]) for key in ("float", "compiled")), found["agreed"]
+        if agreed == most:
+            _line(console, f"all {wording.plural(most, 'token')} agree", "green")
+        else:
+            _line(console, f"{agreed} of {wording.plural(most, 'token')} agree before the two part", "bold")
+
+    return _text(draw)
+
+
 def line(text: str, style: str = "", *, err: bool = False) -> str:
     """One line, styled for the stream that it goes to."""
     return _text(lambda console: _line(console, wording.clean(text), style), err=err)

@@ -22,6 +22,21 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def printable(text: str) -> str:
+    """The text as it is, line ends and tabs included, but without other control characters."""
+    return "".join(c if c in "\n\t" else clean(c) for c in text)
+
+
+def generated(found: Mapping[str, Any]) -> str:
+    """How fast a language model was, and why it ended: 'prompt of 6 tokens at 221/s, 40 tokens at 62/s'."""
+    rates, count = found["tokens_per_second"], len(found["ids"])
+    decode = f" at {rates['decode']:.4g}/s" if rates["decode"] is not None else ""
+    end = {"stop": f", ended by the token {found['ids'][-1]}", "context": ", where its context is full"}
+    cache = "" if found["cached"] else ", without a cache"
+    return (f"prompt of {plural(len(found['prompt_ids']), 'token')} at {rates['prefill']:.4g}/s, "
+            f"{plural(count, 'token')}{decode}{end.get(found['ended'], '')}{cache}")
+
+
 def size(count: int) -> str:
     """Bytes in decimal units: '519.3 kB'."""
     value = float(count)

@@ -193,6 +193,13 @@ def test_a_model_with_a_cache_streams_by_default(folder: Path) -> None:
     assert lines.feed["past_key_values.0.key"].shape == (3, 2, 0, 8)
 
 
+def test_a_merged_decoder_is_told_that_nothing_came_before(folder: Path) -> None:
+    ports = [*DECODER, Port("use_cache_branch", np.dtype(bool), (1,))]
+    (batch,) = batches(write(folder, ["alpha " * 8]), ports, length=3)
+    assert batch.feed["use_cache_branch"].tolist() == [False]
+    assert batch.feed["input_ids"].shape == (2, 3)
+
+
 def test_the_batch_axis_of_a_cache_goes_by_its_name(folder: Path) -> None:
     past = Port("past_0", F32, (2, "N", 4, "past_sequence", 8))
     feed = batches(write(folder, ["alpha " * 12]), [IDS, past], length=3)[0].feed

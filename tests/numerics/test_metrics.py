@@ -172,6 +172,13 @@ def test_perplexity_of_uniform_logits_is_the_vocabulary():
     )
 
 
+def test_perplexity_scores_the_output_called_logits():
+    """Wherever it stands; a model may give its cache first."""
+    metric = make_metric("perplexity")
+    metric.update({"present.0.key": np.zeros((2, 4, 3, 8)), "logits": np.zeros((2, 3, 7))}, np.zeros((2, 3), int), {})
+    assert metric.result() == pytest.approx(7)
+
+
 def test_perplexity_by_hand():
     logits = np.log(np.array([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
     # The middle position is left out: sqrt(1/0.25 * 1/0.6).
