@@ -99,6 +99,13 @@ class Graph:
         """Values of a constant; mapped from disk where they are external, computed where they are so, never cached."""
         return tensors.read(tensor, self.folder)
 
+    def read_rows(self, tensor: Tensor, start: int, stop: int) -> Array:
+        """Rows `start:stop` along a constant's first axis, for weights that are too large to be in memory at once.
+
+        What was read stays in memory only as long as its array does, where a part of `read`'s holds on to all of it.
+        """
+        return tensors.read(tensor, self.folder, slice(start, stop))
+
     def scalar(self, tensor: Tensor | None) -> float | None:
         """The single value of a constant of one element, else None."""
         if tensor is None or not is_constant(tensor):
