@@ -18,7 +18,8 @@ from onnxq.graph.tensors import (
     widen_attribute,
 )
 from onnxq.graph.types import element_types
+from onnxq.graph.versions import raise_opset
 
 __all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Tensor", "alone", "cut", "dtype_of",
-           "element_types", "expose_codes", "is_constant", "load", "narrow", "port_of", "read_nodes", "repeat", "save",
-           "shape_of", "stored_bytes", "type_number", "weight_bytes", "widen", "widen_attribute"]
+           "element_types", "expose_codes", "is_constant", "load", "narrow", "port_of", "raise_opset", "read_nodes",
+           "repeat", "save", "shape_of", "stored_bytes", "type_number", "weight_bytes", "widen", "widen_attribute"]

@@ -38,13 +38,12 @@ def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = No
     """
     path = Path(path)
     graph.sort()
-    constants = {t.name: t for t in _constants(graph.ir)}
-    total = sum(nbytes(t) for t in constants.values())
-    model = _outline(graph)
+    total = sum(nbytes(t) for t in {t.name: t for t in constants_of(graph.ir)}.values())
+    model = outline(graph)
     for name in extra_outputs or ():
         if all(o.name != name for o in model.graph.output):
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    weights = _Weights(graph.folder, {n: t for n, t in constants.items() if _is_apart(t)}, progress)
+    weights = _Weights(graph.folder, apart(graph), progress)
     with _written(path) as write:
         if total > external_above:
             write(path.name + ".data", lambda file: _move_outside(model, weights, path.name + ".data", file))
@@ -73,9 +72,14 @@ class _Weights:
                 self._progress(self._done, self._total)
 
 
-def _outline(graph: Graph) -> onnx.ModelProto:
-    """The model with what the graph library drops put back, of weights only types and shapes."""
-    held = [(t, t._values) for t in {id(t): t for t in _constants(graph.ir)}.values() if _is_apart(t)]
+def apart(graph: Graph) -> dict[str, gs.Constant]:
+    """The constants whose values `outline` leaves out, by name."""
+    return {t.name: t for t in constants_of(graph.ir) if _is_apart(t)}
+
+
+def outline(graph: Graph) -> onnx.ModelProto:
+    """The model with what the graph library drops put back; of weights only types and shapes, see `apart`."""
+    held = [(t, t._values) for t in {id(t): t for t in constants_of(graph.ir)}.values() if _is_apart(t)]
     try:
         for tensor, _ in held:
             tensor._values = Bare(tensor)
@@ -107,7 +111,8 @@ def _is_apart(tensor: gs.Constant) -> bool:
     return not is_text(tensor) and (nbytes(tensor) >= EXTERNAL_SMALLEST or is_made(tensor) or is_outside(tensor))
 
 
-def _constants(ir: gs.Graph) -> Iterator[gs.Constant]:
+def constants_of(ir: gs.Graph) -> Iterator[gs.Constant]:
+    """Every constant that a node reads or that is an output, bodies included; several may be of one name."""
     for sub in Graph._with_subgraphs(ir):
         for tensors in [*(node.inputs for node in sub.nodes), sub.outputs]:
             yield from (t for t in tensors if isinstance(t, gs.Constant))

@@ -267,30 +267,31 @@ def widen(tensor: gs.Tensor) -> None:
         tensor.dtype = FLOAT32
         return
     values = tensor._values
-    _store(tensor, values.astype(FLOAT32) if isinstance(values, np.ndarray) else Widened(values))
+    store(tensor, values.astype(FLOAT32) if isinstance(values, np.ndarray) else Widened(values))
 
 
 def widen_attribute(tensor: gs.Constant, folder: Path) -> None:
     """Make float32 of a float16 or bfloat16 tensor in an attribute, in place; these are small and converted at once."""
-    _store(tensor, read(tensor, folder).astype(FLOAT32))
+    store(tensor, read(tensor, folder).astype(FLOAT32))
 
 
 def narrow(tensor: gs.Constant, half: np.dtype[Any], folder: Path) -> bool:
     """Store a float32 constant as float16 or bfloat16, in place, where that loses nothing; whether it was done."""
     values = tensor._values
     if isinstance(values, Widened) and values.tensor.data_type == type_number(half):
-        _store(tensor, values.half)
+        store(tensor, values.half)
         return True
     given = read(tensor, folder)
     with np.errstate(over="ignore"):
         stored_as = given.astype(half)
     if not np.array_equal(stored_as.astype(FLOAT32), given, equal_nan=True):
         return False
-    _store(tensor, stored_as)
+    store(tensor, stored_as)
     return True
 
 
-def _store(tensor: gs.Constant, values: Array | LazyValues) -> None:
+def store(tensor: gs.Constant, values: Array | LazyValues) -> None:
+    """Put other values in place of a constant's, of any type."""
     tensor._values = values
     tensor._export_dtype = None  # a copied constant holds its type apart
 
