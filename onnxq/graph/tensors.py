@@ -116,7 +116,7 @@ def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
 
     Raises ModelError when the file is shorter than the tensor needs.
     """
-    path, offset, wanted = _span(proto, folder)
+    path, offset, wanted = external_span(proto, folder)
     if wanted == 0:
         return np.empty(0, np.uint8)
     mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
@@ -125,7 +125,7 @@ def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
     return mapped
 
 
-def _span(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
+def external_span(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
     """(file, offset, bytes) of external data. Raises ModelError when the file is shorter than the tensor needs."""
     path, offset, length = external_location(proto, folder)
     wanted = stored_size(proto.data_type, tuple(proto.dims))
@@ -187,7 +187,7 @@ def stored(tensor: gs.Constant, folder: Path) -> Iterator[NDArray[np.uint8]]:
 
 
 def _copied(proto: onnx.TensorProto, folder: Path) -> Iterator[NDArray[np.uint8]]:
-    path, offset, left = _span(proto, folder)
+    path, offset, left = external_span(proto, folder)
     buffer = np.empty(min(left, _PIECE), np.uint8)
     with path.open("rb", buffering=0) as file:
         file.seek(offset)

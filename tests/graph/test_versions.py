@@ -43,7 +43,8 @@ def reduced() -> onnx.ModelProto:
                     {"o": [2, 1]}, "b", {"s": np.float32(scale), "w": random(30, 40)})
 
     return make_model([node("MatMul", "x v", "h"), node("ReduceMean", "h", "mean", axes=[0]),
-                       node("Sub", "h mean", "m"), node("If", "c", "y", then_branch=branch(2.0), else_branch=branch(-3.0)),
+                       node("Sub", "h mean", "m"),
+                       node("If", "c", "y", then_branch=branch(2.0), else_branch=branch(-3.0)),
                        node("Gelu", "y", "z", domain="com.microsoft")],
                       {"c": (TensorProto.BOOL, []), "x": [2, 20]}, {"z": [2, 1]}, {"v": random(20, 30)},
                       domains={"com.microsoft": 1})
