@@ -27,15 +27,17 @@ ROOMS: dict[str, set[str] | None] = {
     "plain": set(),
     "plugins": set(),
     "progress": set(),
+    "spool": set(),
     "numerics": set(),
     "targets": set(),
     "recipe": {"plain"},
     "graph": {"numerics", "ports"},
     "plan": {"numerics"},
-    "passes": {"graph", "numerics", "plan", "recipe", "targets"},
+    "passes": {"graph", "numerics", "plan", "recipe", "spool", "targets"},
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "runtime", "plugins"},
-    "planner": {"calibration", "graph", "numerics", "passes", "plan", "ports", "recipe", "runtime", "targets"},
+    "planner": {"calibration", "graph", "numerics", "passes", "plan", "ports", "recipe", "runtime", "spool",
+                "targets"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

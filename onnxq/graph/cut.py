@@ -10,7 +10,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 from onnxq.graph.graph import Graph, Tensor
-from onnxq.graph.tensors import Array, dtype_of, is_constant, nbytes, shape_of
+from onnxq.graph.tensors import Array, dtype_of, is_constant, nbytes, shape_of, storable
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def repeat(graph: Graph, times: int) -> None:
                 return tensor
             name = f"{tensor.name}#{number}"
             if tensor.name not in copies and is_constant(tensor):
-                copies[tensor.name] = gs.Constant(name, graph.read(tensor))  # copies of one would share a name, too
+                # a twin of the values, too: twins of one constant would share its name
+                copies[tensor.name] = gs.Constant(name, storable(name, graph.read(tensor)))
             elif tensor.name not in copies:
                 copies[tensor.name] = gs.Variable(name, tensor.dtype, tensor.shape)
             return copies[tensor.name]

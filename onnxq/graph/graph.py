@@ -99,6 +99,13 @@ class Graph:
         """Values of a constant; mapped from disk where they are external, computed where they are so, never cached."""
         return tensors.read(tensor, self.folder)
 
+    def read_rows(self, tensor: Tensor, start: int, stop: int) -> Array:
+        """Rows `start:stop` along a constant's first axis, for weights that are too large to be in memory at once.
+
+        What was read stays in memory only as long as its array does, where a part of `read`'s holds on to all of it.
+        """
+        return tensors.read(tensor, self.folder, slice(start, stop))
+
     def scalar(self, tensor: Tensor | None) -> float | None:
         """The single value of a constant of one element, else None."""
         if tensor is None or not is_constant(tensor):
@@ -313,14 +320,18 @@ class Graph:
         ir.import_domains = list(self.ir.import_domains)  # exporting adds to it
         ir.producer_name, ir.producer_version = self.ir.producer_name, self.ir.producer_version
         twin = Graph(ir, self.folder, dict(self.metadata), dict(self.extras), self.annotations, header=self.header)
-        twin.half = self.half
         outer: dict[str, Tensor] = {}  # the library gives each body a copy of the weights that it captures
         for node, _ in twin.walk():
             for index, tensor in enumerate(node.inputs):
                 if is_constant(tensor) and outer.setdefault(tensor.name, tensor) is not tensor:
                     node.inputs[index] = outer[tensor.name]
-        twin._made = {t.name: t for t in twin._tensors() if t.name in self._made}
+        twin.inherit(self)
         return twin
+
+    def inherit(self, other: Graph) -> None:
+        """Know what another graph of the same tensors knows of what passes did to them."""
+        self.half = other.half
+        self._made = {t.name: t for t in self._tensors() if t.name in other._made}
 
     def check(self) -> list[str]:
         """Structural faults: a tensor read before it is made, made twice, or a node name used twice."""

@@ -51,7 +51,11 @@ def load(path: str | Path) -> Graph:
     _refuse(model)
     model = _inline(model)
     _drop_initializer_inputs(model.graph)
-    model = _raise_opset(model, path)
+    return from_proto(_raise_opset(model, path), path.resolve().parent)
+
+
+def from_proto(model: onnx.ModelProto, folder: Path) -> Graph:
+    """The Graph of a model of a supported opset, which is changed on the way; `folder` holds its external data."""
     for graph in with_bodies(model.graph):
         _constants_to_initializers(graph)
         _densify(graph)
@@ -66,7 +70,7 @@ def load(path: str | Path) -> Graph:
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it prints a warning about every type that NumPy lacks
         ir = gs.import_onnx(model)
     ir.nodes = list(ir.nodes)
-    return Graph(ir, folder=path.resolve().parent, metadata=metadata,
+    return Graph(ir, folder, metadata=metadata,
                  extras={k: v for k, v in extras.items() if v is not None},
                  annotations=list(model.graph.quantization_annotation),
                  header=onnx.ModelProto(doc_string=model.doc_string, domain=model.domain,
@@ -134,7 +138,7 @@ def _inline(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         return inliner.inline_local_functions(model, convert_version=True)
     except Exception as e:
-        raise GraphError(f"its model-local functions can't be inlined ({_first_line(e)}); "
+        raise GraphError(f"its model-local functions can't be inlined ({first_line(e)}); "
                          "export without functions") from None
 
 
@@ -157,7 +161,7 @@ def _raise_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         raised = version_converter.convert_version(model, WORKING_OPSET)
     except Exception as e:
         raise ModelError(f"{path} uses opset {version} and onnx can't raise it to {WORKING_OPSET} "
-                         f"({_first_line(e)}); export the model at opset {WORKING_OPSET} or later") from None
+                         f"({first_line(e)}); export the model at opset {WORKING_OPSET} or later") from None
     del raised.metadata_props[:]
     raised.metadata_props.extend(props)
     _drop_initializer_inputs(raised.graph)
@@ -290,7 +294,8 @@ def _is_text(values: Iterable[bytes]) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for a part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 from collections import Counter
@@ -16,42 +17,76 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OutputError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
-from onnxq.graph.tensors import FIRST_IR, is_made, is_text, nbytes, stored, stored_type
+from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_text, nbytes, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
 _ALIGN = 4096  # offsets that can be memory-mapped
-_CHUNK = 16 << 20
 
 Fill = Callable[[IO[bytes]], Any]
+Heard = Callable[[int, int], None]
 
 
 def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = None,
-         external_above: int = EXTERNAL_ABOVE) -> None:
+         external_above: int = EXTERNAL_ABOVE, progress: Heard | None = None) -> None:
     """Write a model under a temporary name and rename it, so that nothing half-written is ever seen.
 
+    Weights are written one after the other, in the order in which nodes read them, with no more than one in memory.
     `extra_outputs` names computed tensors to add as graph outputs of the written file only (the calibration model).
+    `progress` hears of the bytes of weights that are written and of how many there are in all.
     Raises OutputError when the folder can't be written or the disk is full.
     """
     path = Path(path)
     graph.sort()
-    model = to_proto(graph)
+    total = sum(nbytes(t) for t in {t.name: t for t in constants_of(graph.ir)}.values())
+    model = outline(graph)
     for name in extra_outputs or ():
         if all(o.name != name for o in model.graph.output):
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    constants = {t.name: t for t in _constants(graph.ir)}
-    total = sum(nbytes(t) for t in constants.values())
+    weights = _Weights(graph.folder, apart(graph), progress)
     with _written(path) as write:
         if total > external_above:
-            write(path.name + ".data", lambda file: _move_outside(model, constants, graph, path.name + ".data", file))
+            write(path.name + ".data", lambda file: _move_outside(model, weights, path.name + ".data", file))
+            write(path.name, lambda file: file.write(model.SerializeToString()))
         else:
-            _embed(model, constants, graph)
-        write(path.name, lambda file: file.write(model.SerializeToString()))
+            write(path.name, lambda file: _embed(model, weights, file))
 
 
-def to_proto(graph: Graph) -> onnx.ModelProto:
-    """The model with what the graph library drops put back; weights as the library exports them."""
-    model: onnx.ModelProto = gs.export_onnx(graph.ir)
+class _Weights:
+    """Values that were left out of a model, for writing each of them once."""
+
+    def __init__(self, folder: Path, constants: dict[str, gs.Constant], progress: Heard | None) -> None:
+        self._folder, self._constants, self._progress = folder, constants, progress
+        self._done, self._total = 0, sum(nbytes(t) for t in constants.values())
+
+    def length(self, name: str) -> int | None:
+        """Bytes of a weight; None for what is in the model already."""
+        return nbytes(self._constants[name]) if name in self._constants else None
+
+    def write(self, name: str, file: IO[bytes]) -> None:
+        """Append its bytes to a file; none of it is in memory afterwards."""
+        for piece in stored(self._constants[name], self._folder):
+            file.write(piece.data)
+            self._done += len(piece)
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
+def apart(graph: Graph) -> dict[str, gs.Constant]:
+    """The constants whose values `outline` leaves out, by name."""
+    return {t.name: t for t in constants_of(graph.ir) if _is_apart(t)}
+
+
+def outline(graph: Graph) -> onnx.ModelProto:
+    """The model with what the graph library drops put back; of weights only types and shapes, see `apart`."""
+    held = [(t, t._values) for t in {id(t): t for t in constants_of(graph.ir)}.values() if _is_apart(t)]
+    try:
+        for tensor, _ in held:
+            tensor._values = Bare(tensor)
+        model: onnx.ModelProto = gs.export_onnx(graph.ir)
+    finally:
+        for tensor, values in held:
+            tensor._values = values
     model.MergeFrom(graph.header)
     for node in [n for g in with_bodies(model.graph) for n in g.node]:
         extra = graph.extras.get(node.name)
@@ -71,7 +106,13 @@ def to_proto(graph: Graph) -> onnx.ModelProto:
     return model
 
 
-def _constants(ir: gs.Graph) -> Iterator[gs.Constant]:
+def _is_apart(tensor: gs.Constant) -> bool:
+    """Whether values are written by `_Weights`: large ones, and those that the graph library can't export."""
+    return not is_text(tensor) and (nbytes(tensor) >= EXTERNAL_SMALLEST or is_made(tensor) or is_outside(tensor))
+
+
+def constants_of(ir: gs.Graph) -> Iterator[gs.Constant]:
+    """Every constant that a node reads or that is an output, bodies included; several may be of one name."""
     for sub in Graph._with_subgraphs(ir):
         for tensors in [*(node.inputs for node in sub.nodes), sub.outputs]:
             yield from (t for t in tensors if isinstance(t, gs.Constant))
@@ -93,49 +134,67 @@ def _store_once(main: onnx.GraphProto) -> None:
             del body.initializer[index]
 
 
-def _embed(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph) -> None:
-    for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
-        tensor = constants[proto.name]
-        if proto.data_location == onnx.TensorProto.EXTERNAL or is_made(tensor):
-            _embed_one(proto, tensor, graph)
+def _fill(proto: onnx.TensorProto, weights: _Weights) -> None:
+    raw = io.BytesIO()
+    weights.write(proto.name, raw)
+    proto.raw_data = raw.getvalue()
 
 
-def _embed_one(proto: onnx.TensorProto, tensor: gs.Constant, graph: Graph) -> None:
-    raw = stored(tensor, graph.folder).tobytes()
-    _clear(proto, tensor)
-    proto.data_location = onnx.TensorProto.DEFAULT
-    proto.raw_data = raw
-
-
-def _clear(proto: onnx.TensorProto, tensor: gs.Constant) -> None:
-    """Take out the values as the library exported them, which for widened ones are still those of the half type."""
-    if is_made(tensor):
-        proto.data_type = stored_type(tensor)
-    for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
-        proto.ClearField(field)
-    del proto.external_data[:]
-
-
-def _move_outside(model: onnx.ModelProto, constants: dict[str, gs.Constant], graph: Graph, name: str,
-                  file: IO[bytes]) -> None:
-    """Stream every large weight into one data file, one tensor in memory at a time."""
+def _move_outside(model: onnx.ModelProto, weights: _Weights, name: str, file: IO[bytes]) -> None:
+    """Stream every large weight into one data file."""
     offset = 0
     for proto in [t for g in with_bodies(model.graph) for t in g.initializer]:
-        tensor = constants[proto.name]
-        if nbytes(tensor) < EXTERNAL_SMALLEST or is_text(tensor):
-            if is_made(tensor):
-                _embed_one(proto, tensor, graph)
+        length = weights.length(proto.name)
+        if length is None:
+            continue
+        if length < EXTERNAL_SMALLEST:
+            _fill(proto, weights)
             continue
         offset = -(-offset // _ALIGN) * _ALIGN
-        values = stored(tensor, graph.folder)
         file.seek(offset)
-        for start in range(0, len(values), _CHUNK):
-            file.write(values[start:start + _CHUNK].tobytes())
-        _clear(proto, tensor)
+        weights.write(proto.name, file)
         proto.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", name), ("offset", offset), ("length", len(values))):
+        for key, value in (("location", name), ("offset", offset), ("length", length)):
             proto.external_data.add(key=key, value=str(value))
-        offset += len(values)
+        offset += length
+
+
+def _embed(model: onnx.ModelProto, weights: _Weights, file: IO[bytes]) -> None:
+    """Stream a model with its weights in it; those of bodies, which are few, are filled in before.
+
+    Parts of a protobuf message may follow one another in any order, so the initializers go behind all else.
+    """
+    for proto in [t for g in list(with_bodies(model.graph))[1:] for t in g.initializer]:
+        if weights.length(proto.name) is not None:
+            _fill(proto, weights)
+    parts = []  # (name, initializer up to its values, their bytes or None)
+    for proto in model.graph.initializer:
+        head, length = proto.SerializeToString(), weights.length(proto.name)
+        parts.append((proto.name, head if length is None else head + _field(_RAW_DATA, length), length))
+    del model.graph.initializer[:]
+    graph = model.graph.SerializeToString()
+    model.ClearField("graph")
+    heads = [_field(_INITIALIZER, len(head) + (length or 0)) for _, head, length in parts]
+    whole = len(graph) + sum(len(h) + len(head) + (length or 0)
+                             for h, (_, head, length) in zip(heads, parts, strict=True))
+    file.write(model.SerializeToString() + _field(_GRAPH, whole) + graph)
+    for field, (name, head, length) in zip(heads, parts, strict=True):
+        file.write(field + head)
+        if length is not None:
+            weights.write(name, file)
+
+
+# fields of ModelProto, GraphProto and TensorProto by their numbers in onnx.proto
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+
+
+def _field(number: int, length: int) -> bytes:
+    """What stands before `length` bytes of a field: its number with wire type 2, and the length in base 128."""
+    found = bytearray([number << 3 | 2])
+    while length > 127:
+        found.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*found, length])
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ eagerly and breaks on sub-byte types.
 
 from __future__ import annotations
 
+import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from onnxq.ports import BFLOAT16, Port
 Array = NDArray[Any]
 FLOAT32 = np.dtype(np.float32)
 HALF: tuple[np.dtype[Any], ...] = (np.dtype(np.float16), BFLOAT16)
+
+_WORTH_ADVICE = 1 << 20  # bytes
+_PIECE = 16 << 20  # bytes in memory at a time of what is copied from file to file
 
 # types of which several share a byte when stored; ONNX packs them from the low bits up
 _BITS: dict[int, int] = {
@@ -67,6 +71,15 @@ class Computed(LazyValues):  # type: ignore[misc]
         return found
 
 
+class Bare(LazyValues):  # type: ignore[misc]
+    """What the graph library is to export in place of values: their type and shape."""
+
+    def __init__(self, tensor: gs.Constant) -> None:
+        values = tensor._values
+        self.dtype, self.shape, self.nbytes = values.dtype, values.shape, values.nbytes
+        self.tensor = onnx.TensorProto(data_type=stored_type(tensor), dims=[int(d) for d in values.shape])
+
+
 def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int | None]:
     """(file, offset in bytes, length in bytes or None for the rest) of a tensor that lives outside of the model.
 
@@ -99,15 +112,27 @@ def read_proto(proto: onnx.TensorProto, folder: Path) -> Array:
 
 
 def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
-    """The bytes of external data, mapped. Raises ModelError when the file is shorter than the tensor needs."""
+    """The bytes of external data, mapped; the mapping, and its pages with it, goes when the last array on it goes.
+
+    Raises ModelError when the file is shorter than the tensor needs.
+    """
+    path, offset, wanted = external_span(proto, folder)
+    if wanted == 0:
+        return np.empty(0, np.uint8)
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
+    if wanted >= _WORTH_ADVICE and isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):
+        mapped.base.madvise(mmap.MADV_WILLNEED)  # from a disk, one long read in place of many short ones
+    return mapped
+
+
+def external_span(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int, int]:
+    """(file, offset, bytes) of external data. Raises ModelError when the file is shorter than the tensor needs."""
     path, offset, length = external_location(proto, folder)
     wanted = stored_size(proto.data_type, tuple(proto.dims))
     if os.path.getsize(path) < offset + wanted or (length is not None and length < wanted):
         raise ModelError(f"the external data of {proto.name!r} are shorter than its shape {list(proto.dims)} needs; "
                          "copy or export the model again")
-    if wanted == 0:
-        return np.empty(0, np.uint8)
-    return np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
+    return path, offset, wanted
 
 
 def stored_size(data_type: int, shape: tuple[int, ...]) -> int:
@@ -121,38 +146,68 @@ def is_constant(tensor: gs.Tensor | None) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-def read(tensor: gs.Tensor, folder: Path) -> Array:
-    """The values of a constant, not kept anywhere: a second call reads again."""
+def read(tensor: gs.Tensor, folder: Path, rows: slice | None = None) -> Array:
+    """The values of a constant, or some of its rows, not kept anywhere: a second call reads again.
+
+    Pages of external data count as memory once they were touched and until the array goes: of a weight that is large
+    even alone, blocks of rows are to be asked for one by one, not cut from the whole.
+    """
     if not isinstance(tensor, gs.Constant):
         raise TypeError(f"{tensor.name} is no constant")
-    return _values(tensor._values, folder)
+    return _values(tensor._values, folder, rows)
 
 
-def _values(values: Array | LazyValues, folder: Path) -> Array:
-    if isinstance(values, np.ndarray):
-        return values
+def _values(values: Array | LazyValues, folder: Path, rows: slice | None) -> Array:
     if isinstance(values, Widened):
-        return _values(values.half, folder).astype(FLOAT32)
-    return values.values() if isinstance(values, Computed) else read_proto(values.tensor, folder)
+        return _values(values.half, folder, rows).astype(FLOAT32)
+    if isinstance(values, np.ndarray):
+        found = values
+    else:
+        found = values.values() if isinstance(values, Computed) else read_proto(values.tensor, folder)
+    return found if rows is None else found[rows]
 
 
-def stored(tensor: gs.Constant, folder: Path) -> NDArray[np.uint8]:
-    """The bytes [n] of a constant as an external data file holds them; types below a byte are packed."""
+def stored(tensor: gs.Constant, folder: Path) -> Iterator[NDArray[np.uint8]]:
+    """The bytes of a constant as a file holds them, in pieces [n]; types below a byte are packed.
+
+    Each piece is to be used before the next is taken. Of external data no more than a piece is in memory.
+    """
     values = tensor._values
-    if not is_made(tensor) and not isinstance(values, np.ndarray):
-        if values.tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return _map(values.tensor, folder)
-        if values.tensor.HasField("raw_data"):
-            return np.frombuffer(values.tensor.raw_data, np.uint8)
-    values = read(tensor, folder)
-    if onnx.helper.np_dtype_to_tensor_dtype(values.dtype) in _BITS:
-        return np.frombuffer(as_proto(tensor.name, values).raw_data, np.uint8)
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    lazy = not is_made(tensor) and not isinstance(values, np.ndarray)
+    if lazy and is_outside(tensor):
+        yield from _copied(values.tensor, folder)
+    elif lazy and values.tensor.HasField("raw_data"):
+        yield np.frombuffer(values.tensor.raw_data, np.uint8)
+    else:
+        found = read(tensor, folder)
+        if type_number(found.dtype) in _BITS:
+            yield np.frombuffer(as_proto(tensor.name, found).raw_data, np.uint8)
+        else:
+            yield np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+
+
+def _copied(proto: onnx.TensorProto, folder: Path) -> Iterator[NDArray[np.uint8]]:
+    path, offset, left = external_span(proto, folder)
+    buffer = np.empty(min(left, _PIECE), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while left:
+            count = file.readinto(buffer[:left].data)
+            if not count:
+                raise ModelError(f"the external data of {proto.name!r} were cut short meanwhile; copy the model again")
+            yield buffer[:count]
+            left -= count
 
 
 def is_made(tensor: gs.Constant) -> bool:
     """Whether the values are made as they are read, so that the library exports others or none."""
     return isinstance(tensor._values, (Widened, Computed))
+
+
+def is_outside(tensor: gs.Constant) -> bool:
+    """Whether the values lie in a file of their own."""
+    values = tensor._values
+    return not isinstance(values, np.ndarray) and bool(values.tensor.data_location == onnx.TensorProto.EXTERNAL)
 
 
 def is_text(tensor: gs.Constant) -> bool:
@@ -162,16 +217,17 @@ def is_text(tensor: gs.Constant) -> bool:
 
 def nbytes(tensor: gs.Constant) -> int:
     """Bytes that the constant's values take when stored; of strings, those of their pointers."""
-    values = tensor._values
-    if isinstance(values, np.ndarray) or is_text(tensor):
-        return int(values.nbytes)
-    return stored_size(stored_type(tensor), tuple(values.shape))
+    if is_text(tensor):
+        return int(tensor._values.nbytes)
+    return stored_size(stored_type(tensor), tuple(tensor._values.shape))
 
 
 def stored_type(tensor: gs.Constant) -> int:
-    """The number of the element type of a constant that is no array."""
+    """The number of a constant's element type."""
     values = tensor._values
-    return onnx.TensorProto.FLOAT if isinstance(values, Widened) else int(values.tensor.data_type)
+    if isinstance(values, (np.ndarray, Widened)):
+        return type_number(np.dtype(values.dtype))
+    return int(values.tensor.data_type)
 
 
 def shape_of(tensor: gs.Tensor) -> tuple[int | str | None, ...] | None:
@@ -211,30 +267,31 @@ def widen(tensor: gs.Tensor) -> None:
         tensor.dtype = FLOAT32
         return
     values = tensor._values
-    _store(tensor, values.astype(FLOAT32) if isinstance(values, np.ndarray) else Widened(values))
+    store(tensor, values.astype(FLOAT32) if isinstance(values, np.ndarray) else Widened(values))
 
 
 def widen_attribute(tensor: gs.Constant, folder: Path) -> None:
     """Make float32 of a float16 or bfloat16 tensor in an attribute, in place; these are small and converted at once."""
-    _store(tensor, read(tensor, folder).astype(FLOAT32))
+    store(tensor, read(tensor, folder).astype(FLOAT32))
 
 
 def narrow(tensor: gs.Constant, half: np.dtype[Any], folder: Path) -> bool:
     """Store a float32 constant as float16 or bfloat16, in place, where that loses nothing; whether it was done."""
     values = tensor._values
     if isinstance(values, Widened) and values.tensor.data_type == type_number(half):
-        _store(tensor, values.half)
+        store(tensor, values.half)
         return True
     given = read(tensor, folder)
     with np.errstate(over="ignore"):
         stored_as = given.astype(half)
     if not np.array_equal(stored_as.astype(FLOAT32), given, equal_nan=True):
         return False
-    _store(tensor, stored_as)
+    store(tensor, stored_as)
     return True
 
 
-def _store(tensor: gs.Constant, values: Array | LazyValues) -> None:
+def store(tensor: gs.Constant, values: Array | LazyValues) -> None:
+    """Put other values in place of a constant's, of any type."""
     tensor._values = values
     tensor._export_dtype = None  # a copied constant holds its type apart
 

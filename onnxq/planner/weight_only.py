@@ -80,7 +80,7 @@ def axis(node: Node) -> int:
 def blocks(node: Node, spec: TensorSpec) -> Blocks:
     """How a node's weight is quantized where no data say better."""
     assert spec.block_size is not None
-    search = "mse" if spec.search == "auto" else spec.search
+    search = "absmax" if spec.search == "auto" else spec.search
     return Blocks(by_name(spec.dtype), spec.block_size, axis(node), search)
 
 

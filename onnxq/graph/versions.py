@@ -1,0 +1,94 @@
+"""Raising a graph to a later version of ONNX's operators, without its weights."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import defs, version_converter
+
+from onnxq.errors import GraphError
+from onnxq.graph.graph import Graph, Tensor
+from onnxq.graph.load import NodeExtras, first_line, from_proto
+from onnxq.graph.names import with_bodies
+from onnxq.graph.save import apart, constants_of, outline
+from onnxq.graph.tensors import store
+
+_STANDARD = ("", "ai.onnx")
+_MASK = "onnxq.unknown"  # the domain that operators have meanwhile which only the runtime knows
+
+
+def raise_opset(graph: Graph, version: int) -> Graph:
+    """The graph at a version of the ai.onnx operators of at least `version`: itself, or a new one that shares weights.
+
+    Cast takes int4 from 21 on and int2 from 25 on. onnx's converter sees types and shapes of the large weights only;
+    what it gives has to pass onnx's checker with shape inference. Names stay, new ones are added.
+    Raises GraphError with what stood in the way; the graph is as it was then.
+    """
+    if graph.opset >= version:
+        return graph
+    graph.sort()
+    model, weights = outline(graph), apart(graph)
+    oldest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", version)], True)
+    model.ir_version = max(model.ir_version, oldest)
+    masked = _mask(model)
+    try:
+        raised = version_converter.convert_version(model, version)
+        _unmask(raised, masked)
+        _check(raised, set(weights))
+    except Exception as e:  # the converter raises whatever its C++ side does
+        raise GraphError(f"onnx can't raise the model from opset {graph.opset} to {version} ({first_line(e)}); "
+                         f"export it at opset {version}") from None
+    return _adopt(graph, raised, weights)
+
+
+def _mask(model: onnx.ModelProto) -> set[str]:
+    """Move operators of the standard domain that onnx doesn't know to one that it leaves alone; names of the nodes."""
+    names = set()
+    for node in [n for g in with_bodies(model.graph) for n in g.node]:
+        if node.domain in _STANDARD and not defs.has(node.op_type, ""):
+            node.domain = _MASK
+            names.add(node.name)
+    if names:
+        model.opset_import.add(domain=_MASK, version=1)
+    return names
+
+
+def _unmask(model: onnx.ModelProto, names: set[str]) -> None:
+    for node in [n for g in with_bodies(model.graph) for n in g.node]:
+        if node.name in names and node.domain == _MASK:
+            node.domain = ""
+    kept = [o for o in model.opset_import if o.domain != _MASK]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _check(raised: onnx.ModelProto, weights: set[str]) -> None:
+    """Raise what onnx's checker finds; weights without values are inputs to it, those of bodies, too."""
+    model = onnx.ModelProto()
+    model.CopyFrom(raised)
+    _mask(model)
+    for graph in with_bodies(model.graph):
+        del graph.value_info[:]
+        for index in reversed(range(len(graph.initializer))):
+            proto = graph.initializer[index]
+            if proto.name in weights:
+                model.graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, proto.dims))
+                del graph.initializer[index]
+    onnx.checker.check_model(model, full_check=True)
+
+
+def _adopt(graph: Graph, raised: onnx.ModelProto, weights: dict[str, Tensor]) -> Graph:
+    """A Graph of the raised model with the weights and all else that only the old one knows."""
+    for proto in [t for g in with_bodies(raised.graph) for t in g.initializer]:
+        if proto.name in weights:  # without values, inference would take it for an empty one
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            proto.external_data.add(key="location", value="unread")
+    twin = from_proto(raised, graph.folder)
+    for tensor in constants_of(twin.ir):
+        if tensor.name in weights:
+            store(tensor, weights[tensor.name]._values)
+    twin.metadata, twin.annotations, twin.header = dict(graph.metadata), list(graph.annotations), graph.header
+    for name in {n.name for n, _ in twin.walk()} & graph.extras.keys():
+        old, attributes = graph.extras[name], twin.extras[name].attributes if name in twin.extras else []
+        twin.extras[name] = NodeExtras(attributes, dict(old.metadata), old.doc_string)
+    twin.inherit(graph)
+    return twin
