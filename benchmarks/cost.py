@@ -25,9 +25,10 @@ import onnxq
 from benchmarks import models
 from benchmarks.memory import repeated
 from benchmarks.models import Case
-from onnxq.recipe import Calibration, Recipe, scheme
+from onnxq.recipe import Calibration, Recipe
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.schemes import scheme
 
 CONSTANT = 3.0  # seconds, whatever the data
 BOUNDS = {"minmax": 1.5, "percentile": 2.5, "entropy": 3.0, "mse": 3.0}  # times the float run

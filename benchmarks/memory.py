@@ -12,8 +12,9 @@ from typing import Any
 
 import onnxq
 from benchmarks.models import Array, Case, read
-from onnxq.recipe import Calibration, Recipe, scheme
+from onnxq.recipe import Calibration, Recipe
 from onnxq.runtime.measure import peak_memory_bytes
+from onnxq.schemes import scheme
 
 GROWTH = 10
 _BATCH = 8

@@ -32,13 +32,13 @@ from onnxq.planning import Planning
 from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
-from onnxq.recipe import scheme as named_scheme
 from onnxq.report.report import NodeRow, Report, Size
 from onnxq.request import AUTO, FORMATS, OBJECTIVES, Request, check, resolve
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment, kernel_environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.runtime.timings import TimingCache
+from onnxq.schemes import scheme as named_scheme
 from onnxq.settling import Settling
 from onnxq.verification import Goal
 from onnxq.version import VERSION

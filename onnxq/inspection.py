@@ -16,8 +16,8 @@ from onnxq.passes.manager import Context, PassManager
 from onnxq.plan import NodePlan
 from onnxq.planner.outline import outline
 from onnxq.recipe import Recipe
-from onnxq.recipe import scheme as named_scheme
 from onnxq.runtime.machine import target_here
+from onnxq.schemes import scheme as named_scheme
 
 
 def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:

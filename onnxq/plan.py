@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
 
 FLOAT = "float"
@@ -45,9 +46,9 @@ class NodePlan:
     `result` names the tensor that the kernel makes (behind an absorbed bias Add, Relu or Clip), `more_results` those
     that a Split makes besides; `weight` names the quantized weight, `stored` the weights that are kept as codes and
     decoded, or those of an LSTM, which has two; `activation` when the scale of what is read is known: `static`, or at
-    run time per `tensor` or per `token` (row), or `untouched` where floats are read; `bias_add` the Add node whose constant becomes the bias; `part_of` the
-    node whose kernel computes this one too (an absorbed Relu, a bias Add); `extra_channels` by how many channels of
-    zeros what a Conv reads is widened.
+    run time per `tensor` or per `token` (row), or `untouched` where floats are read; `bias_add` the Add node whose
+    constant becomes the bias; `part_of` the node whose kernel computes this one too (an absorbed Relu, a bias Add);
+    `extra_channels` by how many channels of zeros what a Conv reads is widened.
     """
 
     node: str
@@ -80,7 +81,7 @@ class Blocks:
     dtype: DType
     block_size: int
     axis: int
-    search: str
+    search: Search
 
     @property
     def symmetric(self) -> bool:
@@ -130,7 +131,7 @@ class Plan:
     """All verdicts and scales.
 
     `activations` maps a tensor's name to its parameters (per-tensor); `weights` a weight's name to its (per channel or
-    by blocks); `blocks` that of a weight whose parameters and codes are found as they are written, one weight at a time;
+    by blocks); `blocks` that of a weight whose parameters and codes are found as they are written, one at a time;
     `bias_shifts` a node's name to what is added to its bias, float32 [C]. `added` maps the name of a Where that hides
     scores to the number that is added to them instead; `maskings` the name of a Softmax to what becomes of its mask.
     Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales

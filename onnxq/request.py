@@ -16,9 +16,10 @@ from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.recipe import BudgetSpec, Recipe, read, scheme_names
-from onnxq.recipe import scheme as named_scheme
+from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import scheme as named_scheme
+from onnxq.schemes import scheme_names
 from onnxq.targets import Target
 from onnxq.verification import Goal
 

@@ -24,11 +24,12 @@ from onnxq.passes.transform import transform
 from onnxq.plan import NodePlan, Plan
 from onnxq.planner.outline import Outline, outline
 from onnxq.planner.scales import finish
-from onnxq.recipe import Calibration, Fallback, Recipe, Rule, scheme
+from onnxq.recipe import Calibration, Fallback, Recipe, Rule
 from onnxq.report.report import NodeRow, Verdict
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.observe import Executed, executed
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.schemes import scheme
 from onnxq.targets import TARGETS
 from onnxq.verification import what_ran
 

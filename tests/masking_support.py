@@ -22,7 +22,8 @@ from onnxq.planner import masks
 from onnxq.planner.masks import Masks
 from onnxq.planner.outline import outline
 from onnxq.planner.scales import finish
-from onnxq.recipe import Recipe, scheme
+from onnxq.recipe import Recipe
+from onnxq.schemes import scheme
 from onnxq.targets import TARGETS
 
 Array = np.ndarray[Any, Any]

@@ -8,8 +8,9 @@ from onnxq.calibration import observer
 from onnxq.calibration.observer import Statistic
 from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph
-from onnxq.recipe import Calibration, TensorSpec
+from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import TensorSpec
 
 ALL, ONE_THREAD = Calibration(samples=None), SessionOptions(threads=1)
 

@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from onnxq import request
 from onnxq.cli import cli, main
 from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
-from onnxq.recipe import Recipe, scheme, scheme_names, scheme_text
+from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size, Verdict
 from onnxq.runtime.race import KernelTime
 from onnxq.runtime.timings import TimingCache, default_folder
+from onnxq.schemes import scheme, scheme_names, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
 COMMANDS = ("compile", "analyze", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onnxq import recipe
+from onnxq import recipe, schemes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.numerics import dtypes
-from onnxq.recipe import BudgetSpec, Calibration, Fallback, Match, Recipe, Rule, Scheme, TensorSpec
+from onnxq.recipe import BudgetSpec, Calibration, Fallback, Match, Recipe, Rule
+from onnxq.schemes import Scheme, TensorSpec
 
 FULL = """
 version: 1
@@ -40,7 +41,7 @@ def refusal(text: str) -> str:
 
 def test_a_full_recipe() -> None:
     found = recipe.parse(FULL)
-    assert found.scheme == recipe.scheme("w8a8")
+    assert found.scheme == schemes.scheme("w8a8")
     assert found.rules == (Rule(Match("MatMul", "*lm_head*"), "float", "output logits"),
                            Rule(Match(None, "*down*"), "w8a8", ""))
     assert found.calibration == Calibration(64, 8, "percentile", 99.9)
@@ -50,7 +51,7 @@ def test_a_full_recipe() -> None:
 
 def test_defaults() -> None:
     found = recipe.parse("scheme: w8a8")
-    assert found == Recipe(recipe.scheme("w8a8"))
+    assert found == Recipe(schemes.scheme("w8a8"))
     assert (found.version, found.rules, found.fallback.keep_float) == (1, (), ())
     assert found.calibration.samples == 128
 
@@ -161,7 +162,7 @@ def test_unknown_keys_are_refused_by_path(text: str, message: str) -> None:
     ("scheme: w8a8\nrules: [{scheme: float}]", "rules[0].match: missing; add it"),
     ("scheme: w8a8\nrules: [{match: {op: Conv}}]", "rules[0].scheme: missing; add it"),
     ("scheme: w8a8\nrules: [{match: {op: Conv}, scheme: w4a4}]",
-     "rules[0].scheme: 'w4a4' can't be mixed into w8a8 yet; use float or w8a8"),
+     "rules[0].scheme: 'w4a4' can't be mixed into w8a8; use float or w8a8"),
     ("scheme: {name: mine, weights: {symmetric: 1}}", "scheme.weights.symmetric: bool is wanted, not 1"),
     ("scheme: {name: mine, weights: {symmetric: false}}",
      "scheme.weights.symmetric: false has no kernel here; use true"),
@@ -217,9 +218,9 @@ def test_globs(glob: str, name: str, fits: bool) -> None:
 # ------------------------------------------------------------------ shipped schemes
 
 
-@pytest.mark.parametrize("name", recipe.scheme_names())
+@pytest.mark.parametrize("name", schemes.scheme_names())
 def test_shipped_schemes(name: str) -> None:
-    found = recipe.scheme(name)
+    found = schemes.scheme(name)
     assert found.name == name
     assert found.summary
     assert found.operators
@@ -230,16 +231,16 @@ def test_shipped_schemes(name: str) -> None:
             assert spec.granularity in ("tensor", "channel", "token")
     assert found.is_dynamic is ("dynamic" in name)
     assert recipe.parse(f"scheme: {name}").scheme == found
-    assert name in recipe.scheme_text(name)
+    assert name in schemes.scheme_text(name)
 
 
 def test_scheme_names() -> None:
-    assert "w8a8" in recipe.scheme_names()
-    assert recipe.scheme("float").is_float
+    assert "w8a8" in schemes.scheme_names()
+    assert schemes.scheme("float").is_float
     with pytest.raises(UsageError, match=r"there is no scheme 'w8a8-dynamics'; known: w8a8-dynamic.*\(onnxq sch"):
-        recipe.scheme("w8a8-dynamics")
+        schemes.scheme("w8a8-dynamics")
     with pytest.raises(UsageError, match=r"there is no scheme '\.\./w8a8'"):
-        recipe.scheme("../w8a8")
+        schemes.scheme("../w8a8")
 
 
 def test_a_name_fits_itself_whatever_brackets_are_in_it() -> None:

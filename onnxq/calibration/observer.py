@@ -18,8 +18,9 @@ from onnxq.numerics import ranges
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.padding import real_positions, without_padding
-from onnxq.recipe import Calibration, TensorSpec
+from onnxq.recipe import Calibration
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.schemes import TensorSpec
 
 Progress = Callable[[int], None]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]

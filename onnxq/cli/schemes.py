@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import yaml
 
-from onnxq import recipe as recipes
+from onnxq import schemes
 from onnxq.cli.options import debug_option, json_option
 from onnxq.cli.output import print_json, print_text
 from onnxq.report import terminal
@@ -24,10 +24,10 @@ def list_schemes(name: str | None, as_json: bool) -> None:
       onnxq schemes w8a8
     """
     if name is not None:
-        text = recipes.scheme_text(name)
+        text = schemes.scheme_text(name)
         print_json(yaml.safe_load(text)) if as_json else print_text(text)
         return
-    rows = [(known, recipes.scheme(known).summary) for known in recipes.scheme_names()]
+    rows = [(known, schemes.scheme(known).summary) for known in schemes.scheme_names()]
     if as_json:
         print_json([{"name": known, "summary": text} for known, text in rows])
     else:

@@ -37,13 +37,14 @@ from onnxq.planner.given import is_quantized
 from onnxq.planner.outline import outline
 from onnxq.planner.storing import channel_axis
 from onnxq.ports import dtype_name
-from onnxq.recipe import Recipe, Scheme
-from onnxq.recipe import scheme as named_scheme
+from onnxq.recipe import Recipe
 from onnxq.report import wording
 from onnxq.report.report import Encoding, NodeRow, plain
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import Scheme
+from onnxq.schemes import scheme as named_scheme
 from onnxq.targets import Target
 
 DEFAULT_SCHEME = "w8a8"

@@ -77,9 +77,15 @@ def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]
         if form.dtype.signed:
             return list(found[:2])
         zeros = packing.pack_zero_points(params.zero_point.T, params.dtype)
-        return [*found[:2], zeros]
+        return [*found[:2], _default(params) if zeros is None else zeros]
 
     return compute
+
+
+def _default(params: QuantParams) -> Array:
+    """Zero points that are all those that kernels take for granted, written out."""
+    stored = np.full(params.scale.T.shape, 2 ** (params.dtype.bits - 1), np.uint8)
+    return packing.pack_bits(stored, params.dtype.bits)
 
 
 def _by_rows(params: QuantParams) -> QuantParams:

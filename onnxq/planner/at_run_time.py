@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from onnxq.graph import Graph
 from onnxq.plan import TENSOR, TOKEN, NodePlan
 from onnxq.planner.chains import chain
-from onnxq.recipe import Scheme
+from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 _FASTER = "int8 weights; what it reads is quantized at run time, which was measured to be faster than in advance"

@@ -21,7 +21,8 @@ from onnxq.planner.products import Product, lower_products
 from onnxq.planner.recurrent import lower_lstms
 from onnxq.planner.rules import schemes, verdicts
 from onnxq.planner.storing import store
-from onnxq.recipe import Recipe, Scheme, TensorSpec
+from onnxq.recipe import Recipe
+from onnxq.schemes import Scheme, TensorSpec
 from onnxq.targets import Target
 
 NORMS = frozenset({

@@ -10,7 +10,7 @@ import numpy as np
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, NodePlan
 from onnxq.planner import given
-from onnxq.recipe import Scheme
+from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 _REASON = "both that it multiplies are int8, as asked by attention: int8; its result is float"

@@ -20,8 +20,9 @@ from onnxq.numerics.sampling import Sample, Sampled, View
 from onnxq.numerics.smoothing import Activation, Reader
 from onnxq.plan import STATIC, TOKEN, NodePlan
 from onnxq.planner.scales import finite, weight_params
-from onnxq.recipe import Calibration, Scheme
+from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 Floats = npt.NDArray[np.float32]

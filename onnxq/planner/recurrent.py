@@ -9,7 +9,7 @@ import numpy as np
 from onnxq.graph import Graph, Node, dtype_of, is_constant, shape_of
 from onnxq.plan import FLOAT, TENSOR, NodePlan
 from onnxq.planner import given
-from onnxq.recipe import Scheme
+from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 _NAMES = ("lstm.q", "lstm.scale", "lstm.zero_point")  # what the pass calls the parts of a weight

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, Node, is_constant
-from onnxq.recipe import FLOAT, Recipe, Scheme, expand_braces, matches
-from onnxq.recipe import scheme as named_scheme
+from onnxq.recipe import Recipe, expand_braces, matches
+from onnxq.schemes import FLOAT, Scheme
+from onnxq.schemes import scheme as named_scheme
 
 # what rewrites of the float graph append to a weight's name
 _SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".scaled", ".smoothed", ".split")

@@ -17,7 +17,8 @@ from onnxq.planner import few_channels
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
 from onnxq.planner.weight_only import blocks
-from onnxq.recipe import Recipe, Scheme, TensorSpec
+from onnxq.recipe import Recipe
+from onnxq.schemes import Scheme, TensorSpec
 from onnxq.targets import Target
 
 COARSER = 2.0  # one bit of what is joined

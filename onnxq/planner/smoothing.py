@@ -19,9 +19,10 @@ from onnxq.passes.absorbing import Absorber, absorber
 from onnxq.passes.widening import region
 from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan, Smoothing
 from onnxq.planner.readers import Group, activation, groups, readers, sampled
-from onnxq.recipe import Calibration, Outliers, Scheme
+from onnxq.recipe import Calibration, Outliers
 from onnxq.runtime.compare import least_sqnr
 from onnxq.runtime.session import Session, SessionOptions
+from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 # what it has to gain at the layers' results, in dB: less than that is noise of the sample, and any change is one

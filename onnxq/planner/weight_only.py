@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
 from onnxq.plan import FLOAT, STORED, UNTOUCHED, Blocks, NodePlan
 from onnxq.planner.chains import Chain, chain
-from onnxq.recipe import Scheme, TensorSpec
+from onnxq.schemes import Scheme, TensorSpec
 from onnxq.targets import Target
 
 LINEAR = frozenset({"Gemm", "MatMul"})
@@ -25,7 +27,7 @@ def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Schem
            target: Target) -> dict[str, TensorSpec]:
     """Turn float verdicts on linear layers and look-ups into weight-only ones, bodies of If, Loop and Scan included.
 
-    `schemes` maps a node that may be quantized to its scheme; `refused` one whose kernel is slower than decoding, to the
+    `schemes` maps a node that may be quantized to its scheme; `refused` one whose kernel is slower than decoding to the
     reason. Gives each weight's format. A weight that several nodes read is quantized when all of them can, by the first
     one's scheme.
     """
@@ -81,7 +83,7 @@ def blocks(node: Node, spec: TensorSpec) -> Blocks:
     """How a node's weight is quantized where no data say better."""
     assert spec.block_size is not None
     search = "absmax" if spec.search == "auto" else spec.search
-    return Blocks(by_name(spec.dtype), spec.block_size, axis(node), search)
+    return Blocks(by_name(spec.dtype), spec.block_size, axis(node), cast(Search, search))
 
 
 def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict[str, NodePlan], scheme: str,
@@ -95,7 +97,7 @@ def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict
         return
     link = chain(graph, node, barred) if node.op in LINEAR else Chain(node, None, None, node.outputs[0])
     add = link.bias_add
-    what = "whose rows are decoded as they are read" if node.op == "Gather" else "multiplied without being decoded first"
+    what = "whose rows are decoded as they are read" if node.op == "Gather" else "decoded as they are multiplied"
     nodes[node.name] = NodePlan(node.name, node.op, scheme, kernel, f"{stored}, {what}", result=link.unclamped.name,
                                 weight=weight, activation=UNTOUCHED, bias_add=add.name if add is not None else None)
     if add is not None:

@@ -14,7 +14,8 @@ from onnxq.calibration.readers import open_data
 from onnxq.errors import UsageError
 from onnxq.numerics import ranges
 from onnxq.numerics.dtypes import INT4
-from onnxq.recipe import Calibration, Recipe, TensorSpec, scheme
+from onnxq.recipe import Calibration, Recipe
+from onnxq.schemes import TensorSpec, scheme
 
 METHODS = ["minmax", "moving-average", "percentile", "entropy", "mse"]
 

@@ -8,7 +8,8 @@ import pytest
 
 from onnxq.compiler import compile
 from onnxq.errors import DataError, RecipeError
-from onnxq.recipe import Preprocessing, Recipe, parse, scheme
+from onnxq.recipe import Preprocessing, Recipe, parse
+from onnxq.schemes import scheme
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 

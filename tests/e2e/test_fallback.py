@@ -12,8 +12,9 @@ from conftest import make_model, node, random
 from lowering_support import MODELS
 
 import onnxq
-from onnxq.recipe import Fallback, Recipe, scheme
+from onnxq.recipe import Fallback, Recipe
 from onnxq.report.report import Report
+from onnxq.schemes import scheme
 
 # how far the greatest value of what each layer reads stands out
 SPIKES = {"first": 4.0, "second": 30.0, "third": 8.0, "fourth": 60.0}

@@ -15,8 +15,9 @@ from lowering_support import BOTH_FORMATS, MODELS
 import onnxq
 from onnxq import verification
 from onnxq.errors import DataError, ModelError, UsageError
-from onnxq.recipe import Preprocessing, Recipe, scheme
+from onnxq.recipe import Preprocessing, Recipe
 from onnxq.report.report import Report
+from onnxq.schemes import scheme
 
 FLOAT = MODELS / "digits_cnn" / "model.onnx"
 EVAL = str(MODELS / "digits_cnn" / "eval.npz")

@@ -13,7 +13,8 @@ from lowering_support import BOTH_FORMATS, HERE, MODELS, Array, canonical, descr
 
 import onnxq
 from onnxq.planner.outline import outline
-from onnxq.recipe import Recipe, scheme
+from onnxq.recipe import Recipe
+from onnxq.schemes import scheme
 
 SHAPES = {"2-D": ([9, 16], [16, 7]), "3-D": ([3, 9, 16], [3, 16, 7]), "4-D": ([2, 3, 9, 16], [2, 3, 16, 7]),
           "odd inner": ([2, 5, 17], [2, 17, 6])}

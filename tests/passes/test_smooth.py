@@ -17,7 +17,8 @@ from onnxq.passes.manager import Context
 from onnxq.passes.transform.smooth import Smooth, scaled
 from onnxq.plan import Plan, Smoothing
 from onnxq.planner.rules import verdicts
-from onnxq.recipe import Fallback, Recipe, scheme
+from onnxq.recipe import Fallback, Recipe
+from onnxq.schemes import scheme
 
 C, N = 12, 5  # channels that are divided; of the output
 X, IMAGE = ["N", 4, 8], ["N", 3, 9, 9]

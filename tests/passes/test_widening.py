@@ -19,7 +19,8 @@ from onnxq.passes.transform.smooth import Smooth
 from onnxq.passes.widening import Region, region
 from onnxq.plan import Plan, Smoothing
 from onnxq.planner.rules import verdicts
-from onnxq.recipe import Fallback, Recipe, scheme
+from onnxq.recipe import Fallback, Recipe
+from onnxq.schemes import scheme
 
 C, N = 12, 5
 OUT = ["N", None, None]

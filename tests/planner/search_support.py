@@ -18,8 +18,9 @@ from onnxq.calibration.readers import open_data
 from onnxq.graph import Graph, load
 from onnxq.planner.outline import Outline, outline
 from onnxq.planner.smoothing import Searching
-from onnxq.recipe import Outliers, Recipe, scheme
+from onnxq.recipe import Outliers, Recipe
 from onnxq.report.report import Report
+from onnxq.schemes import scheme
 from onnxq.targets import Target
 
 Array = np.ndarray[Any, Any]

@@ -9,7 +9,8 @@ import pytest
 from conftest import make_model, node, random, run
 
 from onnxq import compile
-from onnxq.recipe import Calibration, Outliers, Recipe, scheme
+from onnxq.recipe import Calibration, Outliers, Recipe
+from onnxq.schemes import scheme
 
 
 def _model(path: Path) -> Path:

@@ -11,8 +11,9 @@ import pytest
 from conftest import make_model, node, random
 
 import onnxq
-from onnxq.recipe import Escape, Outliers, Recipe, scheme
+from onnxq.recipe import Escape, Outliers, Recipe
 from onnxq.report.report import NodeRow, Report
+from onnxq.schemes import scheme
 
 K, N = 48, 32
 RECIPE = Recipe(scheme("w8a8"), outliers=Outliers("none"))

@@ -21,7 +21,8 @@ from onnxq.planner import ranging, rounding
 from onnxq.planner.outline import Measured, outline
 from onnxq.planner.readers import groups
 from onnxq.planner.scales import finish
-from onnxq.recipe import Outliers, Recipe, scheme
+from onnxq.recipe import Outliers, Recipe
+from onnxq.schemes import scheme
 
 K, N = 32, 24
 

@@ -9,7 +9,8 @@ from lowering_support import canonical, recipe
 
 from onnxq.errors import UsageError
 from onnxq.planner.rules import names_of, verdicts
-from onnxq.recipe import Match, Recipe, Rule, scheme
+from onnxq.recipe import Match, Recipe, Rule
+from onnxq.schemes import scheme
 
 WEIGHTS = {"encoder.layer.0.w": random(32, 32), "encoder.layer.1.w": random(16, 32, seed=1), "b": random(16)}
 

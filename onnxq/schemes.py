@@ -1,0 +1,115 @@
+"""Schemes: the number formats of weights and activations, and which operators take them.
+
+The named ones are YAML files in `onnxq/recipes/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from onnxq.errors import RecipeError, UsageError
+from onnxq.plain import build
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How a kind of tensor is quantized: dtype by name, symmetric or not, one scale per `tensor`, `channel`, `token`
+    (row of a dynamic activation) or `block` of `block_size` weights of the same output that follow one another.
+
+    search: how the scales of blocks are found; auto (by what is left of the error, on calibration data where there are
+    some), absmax (from the extremes), mse (the least squared error), kquant (least squares over scale and minimum, as
+    llama.cpp does) or hqq (half-quadratic, a p-norm of the error that forgives outliers).
+    """
+
+    dtype: str = "int8"
+    symmetric: bool = True
+    granularity: str = "tensor"
+    dynamic: bool = False
+    block_size: int | None = None
+    search: str = "auto"
+
+
+SEARCHES = ("auto", "absmax", "mse", "kquant", "hqq")
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has kernels for
+
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("int8",), "symmetric": (True,), "granularity": ("tensor", "channel"), "dynamic": (False,),
+    "block_size": (None,)}
+_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("int2", "int4", "int8", "uint2", "uint4", "uint8"), "granularity": ("block",), "dynamic": (False,),
+    "block_size": BLOCK_SIZES, "search": SEARCHES}
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token")}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Numeric formats of activations and weights and the operators that take them; float when both are None."""
+
+    name: str
+    summary: str = ""
+    activations: TensorSpec | None = None
+    weights: TensorSpec | None = None
+    operators: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no kernel computes, rather than compute something else. Raises RecipeError naming the key."""
+        weights = _BLOCKS if self.is_weight_only else _WEIGHTS
+        specs = (("weights", self.weights, weights), ("activations", self.activations, _ACTIVATIONS))
+        for path, spec, choices in specs:
+            for key, allowed in choices.items() if spec is not None else ():
+                given = getattr(spec, key)
+                if given not in allowed:
+                    words = ", ".join(str(a).lower() for a in allowed)
+                    raise RecipeError(f"scheme.{path}.{key}: {str(given).lower()} has no kernel here; use {words}")
+        if self.is_weight_only and self.weights is not None and (
+                self.weights.symmetric is not (self.weights.dtype[0] == "i")):
+            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} codes are "
+                              f"{'symmetric' if self.weights.dtype[0] == 'i' else 'asymmetric'}; use the other type")
+        if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
+            raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
+                              "true")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing is quantized under this scheme."""
+        return self.weights is None
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether weights alone are quantized, in blocks, and activations stay float."""
+        return self.weights is not None and self.activations is None
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether activation scales are computed at run time, so that no calibration is needed."""
+        return self.activations is not None and self.activations.dynamic
+
+
+FLOAT = Scheme("float", "nothing is quantized")
+
+
+def scheme_names() -> list[str]:
+    """Names of the schemes that ship with onnxq."""
+    folder = resources.files("onnxq").joinpath("recipes")
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def scheme_text(name: str) -> str:
+    """The YAML of a named scheme. Raises UsageError with near matches for an unknown name."""
+    if name not in scheme_names():
+        near = difflib.get_close_matches(name, scheme_names(), 3, 0.4) or scheme_names()
+        raise UsageError(f"there is no scheme {name!r}; known: {', '.join(near)} (onnxq schemes lists them)")
+    return resources.files("onnxq").joinpath("recipes", f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def scheme(name: str) -> Scheme:
+    """A named scheme; `float` is one too. Raises UsageError for an unknown name."""
+    if name == FLOAT.name:
+        return FLOAT
+    built: Scheme = build(Scheme, yaml.safe_load(scheme_text(name)), "scheme")
+    return built
