@@ -21,71 +21,70 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.numerics import affine, packing
-from onnxq.numerics.affine import LARGEST_SCALE, SMALLEST_SCALE, QuantParams
+from onnxq.numerics import block_search, packing
+from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.block_search import Floats, Measure
 from onnxq.numerics.dtypes import DType
 from onnxq.numerics.packing import Blobs
 
-Floats = npt.NDArray[np.float32]
 Search = Literal["absmax", "mse"]
-Found = tuple[Floats, npt.NDArray[Any]]  # scale and zero point [b, c] of a chunk x [b, B, c]
 
-CELLS = 1 << 16  # weights of a chunk: with the arrays made of them they fit the second level cache of a core
+CELLS = 1 << 16  # weights of a chunk: enough that calls of numpy cost little, few enough for the caches of a core
 COLUMNS = 512  # of a chunk: 2 kB of a row of the weight at a time
 
-# Factors of the range that just holds a block, by bits, that the search for the least squared error tries. What is best
-# for normally distributed weights is near 0.9 for 4 bits and 0.4 to 0.7 for 2; 8 bits gain by the choice of sign alone.
-FACTORS = {2: 1 - 0.07 * np.arange(11), 4: 1 - 0.02 * np.arange(11), 8: 1 - 0.01 * np.arange(3)}
 
-
-def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool,
-           search: Search = "absmax") -> QuantParams:
+def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, search: Search = "absmax",
+           importance: npt.ArrayLike | None = None, hessian: npt.NDArray[np.float64] | None = None) -> QuantParams:
     """Parameters for w [K, N], float32 or float16, by blocks of `block_size` along axis 0.
 
     "absmax": a range that just holds the block. Symmetric: scale = m / -2**(bits - 1) with m the weight of the largest
     magnitude (of two that differ in sign the negative one), which gets the code qmin; other signs of that size
     saturate. Asymmetric: as affine.choose. A block of zeros gets scale 1.0.
-    "mse": of ranges shrunk by FACTORS the one with the least squared error, never worse than "absmax". Symmetric: with
-    either sign of the scale, from the one that gives m the code qmin or qmax on. Asymmetric: both ends alike first,
-    then each by itself.
-    Scales are normal float32 numbers. Extra memory: some arrays of CELLS per thread.
+    "mse": of that range shrunk by block_search.FACTORS, with either sign of the scale (symmetric) or neighbouring zero
+    points (asymmetric), and the scale fitted to the codes, the one with the least squared error; never worse than
+    "absmax". `importance` [K], at least 0: what the squared error of an input counts, e.g. the root of mean x^2.
+    `hessian` [K, K], e.g. Hessian.result(): the error is that of the outputs instead, e^T H e with the part of it that
+    belongs to the block, as if other blocks were exact. Only one of the two; their size has no influence.
+    Scales are normal float32 numbers. Extra memory: some arrays of CELLS per thread, with a hessian K * B floats.
+    Source: of "mse" the searches of llama.cpp's k-quants; of the hessian AWQ's clipping (arXiv 2306.00978), which
+    compares outputs of some rows.
     ValueError for NaN or infinities, another shape and types that are not of 2, 4 or 8 bits.
     """
-    layout = _layout(w, dtype, block_size)
+    layout, find = _search(w, dtype, block_size, symmetric, search, importance, hessian)
     scale = np.empty((layout.blocks, layout.outputs), np.float32)
     zero_point = np.empty(scale.shape, dtype.storage)
 
     def work(chunk: _Chunk) -> None:
-        scale[chunk.place], zero_point[chunk.place] = _searched(chunk.read(w), dtype, symmetric, search)
+        scale[chunk.place], zeros = find(chunk, chunk.read(w))
+        zero_point[chunk.place] = zeros + np.float32(dtype.qmin)
 
     _each(layout, work)
     return QuantParams(scale, zero_point, dtype, 0, block_size)
 
 
-def quantize_packed(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool,
-                    search: Search = "absmax") -> Blobs:
+def quantize_packed(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, search: Search = "absmax",
+                    importance: npt.ArrayLike | None = None, hessian: npt.NDArray[np.float64] | None = None) -> Blobs:
     """packing.pack_matmul(affine.quantize(w, params), params) for params = choose(..), in one go over w.
 
     Arguments, memory and errors as for choose; ValueError, too, for blocks that don't fill bytes.
     """
-    layout = _layout(w, dtype, block_size)
     bits = dtype.bits
     if block_size * bits % 8:
-        raise ValueError(f"blocks of {block_size} codes of {dtype.name} don't fill bytes; use larger ones")
+        raise ValueError(f"blocks of {block_size} {dtype.name} codes don't fill bytes; use larger ones")
+    layout, find = _search(w, dtype, block_size, symmetric, search, importance, hessian)
     codes = np.empty((layout.outputs, layout.blocks, block_size * bits // 8), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
-    zero_points = np.empty(codes.shape[:2], dtype.storage)
+    zero_points = np.empty(codes.shape[:2], np.uint8)
 
     def work(chunk: _Chunk) -> None:
-        x = chunk.read(w)
-        scale, zero_point = _searched(x, dtype, symmetric, search)
-        place = chunk.place[::-1]
-        scales[place], zero_points[place] = scale.T, zero_point.T
-        zeros = packing.stored(zero_point, dtype)
+        x, place = chunk.read(w), chunk.place[::-1]
+        scale, zeros = find(chunk, x)
+        zeros = np.broadcast_to(np.asarray(zeros, np.float32), scale.shape)
+        scales[place], zero_points[place] = scale.T, zeros.T
         packing.pack_blocks(_codes(x, scale, zeros, block_size, 2**bits - 1), bits, codes[place])
 
     _each(layout, work)
-    return codes, scales, packing.pack_zero_points(zero_points, dtype)
+    return codes, scales, packing.pack_zero_points(zero_points, bits)
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,52 @@ class _Chunk:
         return part.reshape(self.place[0].stop - self.place[0].start, -1, part.shape[1])
 
 
-def _layout(w: npt.NDArray[Any], dtype: DType, block_size: int) -> _Layout:
+Find = Callable[[_Chunk, Floats], block_search.Found]
+
+
+def _search(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, search: Search,
+            importance: npt.ArrayLike | None, hessian: npt.NDArray[np.float64] | None) -> tuple[_Layout, Find]:
+    """Where the blocks lie, and what finds the scales and stored zero points of a chunk."""
     if w.ndim != 2 or w.dtype not in (np.float32, np.float16):
         raise ValueError(f"a weight is {w.dtype} {list(w.shape)}; use float32 or float16 [K, N]")
-    if dtype.bits not in FACTORS or block_size < 1:
+    if dtype.bits not in block_search.FACTORS or block_size < 1:
         raise ValueError(f"no blocks of {block_size} {dtype.name}; use 1 or more of 2, 4 or 8 bits")
-    return _Layout(w.shape[0], w.shape[1], block_size)
+    layout = _Layout(w.shape[0], w.shape[1], block_size)
+    if search == "absmax" and importance is None and hessian is None:
+        return layout, lambda chunk, x: block_search.tight(x, dtype, symmetric)
+    if search != "mse" or (importance is not None and hessian is not None):
+        raise ValueError("importance and hessian are two ways to count errors; use one at a time, and \"mse\"")
+    roots = None if importance is None else _roots(importance, layout)
+    blocks = None if hessian is None else _diagonal_blocks(hessian, layout)
+
+    def find(chunk: _Chunk, x: Floats) -> block_search.Found:
+        measure = Measure(None if roots is None else roots[chunk.rows].reshape(x.shape[:2]),
+                          None if blocks is None else blocks[chunk.place[0], : x.shape[1], : x.shape[1]])
+        return block_search.least_error(x, dtype, symmetric, measure)
+
+    return layout, find
+
+
+def _roots(importance: npt.ArrayLike, layout: _Layout) -> Floats:
+    """[K]: square roots of the importance, the largest 1."""
+    values = np.asarray(importance, np.float64)
+    if values.shape != (layout.inputs,) or not (np.isfinite(values).all() and values.min(initial=0.0) >= 0):
+        raise ValueError(f"importance {list(values.shape)} is not {layout.inputs} numbers of at least 0; pass one each")
+    most = max(float(values.max(initial=0.0)), np.finfo(np.float64).tiny)
+    return np.asarray(np.sqrt(values / most), np.float32)
+
+
+def _diagonal_blocks(hessian: npt.NDArray[np.float64], layout: _Layout) -> Floats:
+    """[ceil(K / B), B, B]: the blocks on the diagonal of hessian [K, K], its largest entry 1; 0 after a short one."""
+    if hessian.shape != (layout.inputs, layout.inputs) or not np.isfinite(hessian).all():
+        raise ValueError(f"a hessian {list(hessian.shape)} is not finite and [{layout.inputs}, {layout.inputs}]; "
+                         "collect it from all inputs of the layer")
+    most = max(hessian.diagonal().max(initial=0.0), np.finfo(np.float64).tiny)
+    found = np.zeros((layout.blocks, layout.size, layout.size), np.float32)
+    for block, first in zip(found, range(0, layout.inputs, layout.size), strict=True):
+        part = hessian[first : first + layout.size, first : first + layout.size]
+        block[: len(part), : len(part)] = part / most
+    return found
 
 
 def _each(layout: _Layout, work: Callable[[_Chunk], None]) -> None:
@@ -149,7 +188,7 @@ def _each(layout: _Layout, work: Callable[[_Chunk], None]) -> None:
             pass
 
 
-def _codes(x: Floats, scale: Floats, zeros: npt.NDArray[np.uint8], size: int, most: int) -> npt.NDArray[np.uint8]:
+def _codes(x: Floats, scale: Floats, zeros: Floats, size: int, most: int) -> npt.NDArray[np.uint8]:
     """Stored codes [b, size, c] of x [b, B, c] as affine.quantize rounds them; a short block ends with its zeros."""
     with np.errstate(over="ignore"):
         levels = x / scale[:, None]
@@ -158,81 +197,6 @@ def _codes(x: Floats, scale: Floats, zeros: npt.NDArray[np.uint8], size: int, mo
     np.clip(levels, 0, most, out=levels)
     codes = levels.astype(np.uint8)
     if codes.shape[1] < size:
-        filler = np.broadcast_to(zeros[:, None], (len(zeros), size - codes.shape[1], zeros.shape[1]))
+        filler = np.repeat(zeros[:, None].astype(np.uint8), size - codes.shape[1], axis=1)
         codes = np.concatenate([codes, filler], axis=1)
     return codes
-
-
-# ------------------------------------------------------------------ searches, each over a chunk x [b, B, c]
-
-
-def _searched(x: Floats, dtype: DType, symmetric: bool, search: Search) -> Found:
-    low, high = x.min(axis=1), x.max(axis=1)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError("a weight holds NaN or infinities; repair it or keep the node float")
-    if symmetric:
-        scale = _signed_scale(low, high, dtype)
-        if search == "mse":
-            scale = _least_symmetric(x, scale, dtype)
-        return scale, np.full(scale.shape, dtype.qmin + 2 ** (dtype.bits - 1), dtype.storage)
-    if search == "mse":
-        return _least_asymmetric(x, low, high, dtype)
-    params = affine.choose(low, high, dtype)
-    return params.scale, params.zero_point
-
-
-def _signed_scale(low: Floats, high: Floats, dtype: DType) -> Floats:
-    """The scale [b, c] that gives the weight of the largest magnitude the code qmin."""
-    return _normal(np.where(-low >= high, low, high) / np.float32(-(2 ** (dtype.bits - 1))))
-
-
-def _normal(scale: npt.NDArray[Any]) -> Floats:
-    """`scale` as normal numbers of the same sign; 1.0 in place of 0."""
-    size = np.clip(np.abs(scale), SMALLEST_SCALE, LARGEST_SCALE)
-    return np.where(scale == 0, np.float32(1), np.copysign(size, scale)).astype(np.float32)
-
-
-def _least_symmetric(x: Floats, scale: Floats, dtype: DType) -> Floats:
-    """The factor of `scale`, of either sign, with the least squared error; the first of equals."""
-    half = 2.0 ** (dtype.bits - 1)
-    best, least = scale, _squared_error(x, scale, half, dtype)
-    for factor in (*FACTORS[dtype.bits][1:], *-FACTORS[dtype.bits] * half / (half - 1)):
-        trial = _normal(scale * factor)
-        error = _squared_error(x, trial, half, dtype)
-        better = error < least
-        best, least = np.where(better, trial, best), np.where(better, error, least)
-    return best
-
-
-def _least_asymmetric(x: Floats, low: Floats, high: Floats, dtype: DType) -> Found:
-    """Scale and zero point of the shrunk range with the least squared error; the first of equals."""
-    low, high = np.minimum(low, 0), np.maximum(high, 0)
-    best = affine.choose(low, high, dtype)
-    scale, zero_point = best.scale, best.zero_point
-    least = _squared_error(x, scale, packing.stored(zero_point, dtype), dtype)
-    factors = np.ones((2, *low.shape), np.float32)
-    for ends in ([0, 1], [0], [1]):
-        start = factors.copy()
-        for factor in FACTORS[dtype.bits][1:]:
-            trial = start.copy()
-            trial[ends] *= factor
-            params = affine.choose(low * trial[0], high * trial[1], dtype)
-            error = _squared_error(x, params.scale, packing.stored(params.zero_point, dtype), dtype)
-            better = error < least
-            least = np.where(better, error, least)
-            scale, zero_point = np.where(better, params.scale, scale), np.where(better, params.zero_point, zero_point)
-            factors = np.where(better, trial, factors)
-    return scale, zero_point
-
-
-def _squared_error(x: Floats, scale: Floats, zeros: npt.NDArray[Any] | float, dtype: DType) -> Floats:
-    """Squared rounding error [b, c] of x, summed over each block; `zeros` are stored codes, [b, c] or one for all."""
-    least = -np.asarray(zeros, np.float32)
-    if least.ndim:
-        least = least[:, None]
-    with np.errstate(over="ignore", invalid="ignore"):  # an error beyond float32 is never the smaller one
-        levels = x / scale[:, None]
-        error = np.rint(levels)
-        np.clip(error, least, least + np.float32(2**dtype.bits - 1), out=error)
-        error -= levels
-        return np.asarray(np.einsum("bkc,bkc->bc", error, error) * np.square(scale))

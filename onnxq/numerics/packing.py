@@ -98,7 +98,8 @@ def pack_matmul(q: Array, params: QuantParams) -> Blobs:
         last = np.repeat(stored(params.zero_point[whole:], params.dtype), size, axis=0)
         last[: inputs - whole * size] = stored(q[whole * size :], params.dtype)
         pack_blocks(last[None], params.dtype.bits, codes[:, whole:])
-    return codes, np.ascontiguousarray(params.scale.T), pack_zero_points(params.zero_point.T, params.dtype)
+    zero_points = pack_zero_points(stored(params.zero_point.T, params.dtype), params.dtype.bits)
+    return codes, np.ascontiguousarray(params.scale.T), zero_points
 
 
 def unpack_matmul(blobs: Blobs, dtype: DType, inputs: int, block_size: int) -> tuple[Array, QuantParams]:
@@ -121,7 +122,8 @@ def pack_gather(q: Array, params: QuantParams) -> Blobs:
     if q.shape[1] * params.dtype.bits % 8:
         raise ValueError(f"rows of {q.shape[1]} codes of {params.dtype.name} don't fill bytes; use more bits")
     codes = pack_bits(stored(q, params.dtype), params.dtype.bits)
-    return np.ascontiguousarray(codes), params.scale, pack_zero_points(params.zero_point, params.dtype)
+    zero_points = pack_zero_points(stored(params.zero_point, params.dtype), params.dtype.bits)
+    return np.ascontiguousarray(codes), params.scale, zero_points
 
 
 def unpack_gather(blobs: Blobs, dtype: DType, block_size: int) -> tuple[Array, QuantParams]:
@@ -155,12 +157,11 @@ def pack_blocks(blocks: Bytes, bits: int, out: Bytes) -> None:
     np.copyto(out, packed.transpose(2, 0, 1))
 
 
-def pack_zero_points(zero_points: Array, dtype: DType) -> Bytes | None:
-    """[R, ceil(b * bits / 8)] for zero points [R, b] of `dtype`; None where all of them are what kernels default to."""
-    codes = stored(zero_points, dtype)
-    if (codes == 2 ** (dtype.bits - 1)).all():
+def pack_zero_points(codes: Bytes, bits: int) -> Bytes | None:
+    """[R, ceil(b * bits / 8)] for stored zero points [R, b]; None where all of them are what kernels default to."""
+    if (codes == 2 ** (bits - 1)).all():
         return None
-    return np.ascontiguousarray(pack_bits(codes, dtype.bits))
+    return np.ascontiguousarray(pack_bits(codes, bits))
 
 
 def _zero_points(packed: Bytes | None, dtype: DType, scales: Array) -> Array:

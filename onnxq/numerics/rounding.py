@@ -9,12 +9,13 @@ A *level* is a code less its zero point, so w ~ level * scale; `exact` is w / sc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams, quantize
 
 Floats = npt.NDArray[np.float64]
@@ -25,6 +26,8 @@ WIDE = 1e12  # activations beyond it, or all of them below its inverse, are squa
 ATTEMPTS = 5  # at a Cholesky factor, each with ten times the damping of the last
 LEAST_DAMPING = 1e-6  # where none was asked for and none does not do
 LEAST_PIVOT = 1e-12  # of the largest diagonal entry; what is below is what rounding left of 0
+
+SWEEPS = 2  # over the blocks of a column, each scale in turn; more gain next to nothing
 
 PAIR = 128  # what two codes of a sign may add up to: see affine.largest_pair
 
@@ -104,18 +107,21 @@ def output_error(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: Qu
     """
     grid = _grid(w, params, hessian, None, False, codes)
     error = grid.levels - grid.exact
-    squares = np.einsum("kn,kn->n", error, hessian @ error)
-    return np.asarray(np.maximum(squares, 0.0) * grid.scale**2)
+    for rows, unit in zip(grid.blocks(), grid.unit, strict=True):
+        error[rows] *= unit
+    squares = _dot(error, hessian @ error)
+    return np.asarray(np.maximum(squares, 0.0) * np.square(grid.scale[:1]).prod(axis=0))
 
 
 def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, damping: float = 0.01, block: int = 128,
          lowest: int | None = None, pairs: bool = False) -> npt.NDArray[Any]:
     """Codes [K, N], params.dtype.storage, rounded one input after the other, each making up for those before it.
 
-    w: float32 [K, N]. hessian: [K, K], symmetric, e.g. Hessian.result(); its scale has no influence. params: per tensor
-    or, along axis 1, per channel. lowest: the least code allowed; None for the least of the type in columns where
-    nearest rounding has it, too, and for one more elsewhere. pairs: inputs 2i and 2i + 1 get codes of which those of
-    one sign add up to PAIR at most (zero points 0): the later one of a pair takes what the first left.
+    w: float32 [K, N]. hessian: [K, K], symmetric, e.g. Hessian.result(); its scale has no influence. params: per
+    tensor, per channel along axis 1, or by block along axis 0; each input keeps the scale of its block, in whatever
+    order. lowest: the least code allowed; None for the least of the type by block, and where nearest rounding has it in
+    that column, and for one more elsewhere. pairs: inputs 2i and 2i + 1 get codes of which those of one sign add up to
+    PAIR at most (zero points 0): the later one of a pair takes what the first left.
 
     Inputs go by falling diagonal; of each block only what concerns later blocks is left to one product. Inputs with
     a diagonal of 0 are rounded to nearest and make up for nothing. Where the damped hessian has no Cholesky factor,
@@ -126,7 +132,7 @@ def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, dampi
     Source: GPTQ (arXiv 2210.17323) with act-order, in the form of Babai's nearest plane (arXiv 2507.18553):
     with e_i = level - exact of inputs already rounded, input j is rounded to exact_j - sum(e_i U_ij / U_jj). The same
     codes as from the Cholesky factor of the inverse, without an inverse.
-    ValueError for shapes that don't fit, NaN or infinities, parameters by block, and a `lowest` that hides 0.
+    ValueError for shapes that don't fit, NaN or infinities, and a `lowest` that hides 0.
     """
     grid = _grid(w, params, hessian, lowest, pairs)
     diagonal = hessian.diagonal()
@@ -138,22 +144,57 @@ def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, dampi
     else:
         _round_in_turn(grid, order, feedback, block)
     left = np.setdiff1d(np.arange(len(w)), order)
-    nearest = quantize(w[left], params).astype(np.float64) - grid.zero_point
-    for k, wanted in zip(left, nearest, strict=True):
-        grid.levels[k] = grid.fit(k, wanted)
+    nearest = quantize(w, params) if left.size else w
+    for k in left:
+        grid.levels[k] = grid.fit(k, nearest[k] - grid.zero_point[k // grid.size])
     return grid.codes(params)
+
+
+def gptq_refit(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, damping: float = 0.01,
+               rounds: int = 2) -> tuple[npt.NDArray[Any], QuantParams]:
+    """(codes [K, N], parameters) by gptq and refit in turn, `rounds` times; each column keeps the best that it had.
+
+    The best by the error of the damped hessian, so no column is worse than gptq followed by one refit. w, hessian and
+    damping as for gptq, params by block along axis 0; ValueError likewise.
+    """
+    tempered = damped(hessian, damping)
+    codes = gptq(w, hessian, params, damping)
+    params, least = _refit(w, codes, params, tempered)
+    best, scale = codes, params.scale
+    for _ in range(rounds - 1):
+        codes = gptq(w, hessian, params, damping)
+        params, error = _refit(w, codes, params, tempered)
+        better = error < least
+        least = np.where(better, error, least)
+        best, scale = np.where(better, codes, best), np.where(better, params.scale, scale)
+    return best, replace(params, scale=scale)
+
+
+def refit(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: QuantParams, hessian: Floats) -> QuantParams:
+    """`params` with scales for which `codes` give less output error: scales of the blocks of a column in turn.
+
+    w, params by block along axis 0 and hessian as for gptq; codes [K, N]. With e the error of a column and l the
+    levels of a block, g = (H e) of its inputs, the scale that is best while others stay is less by l.g / l.Hl. All are
+    taken SWEEPS times, from the first inputs on; no step raises the error. Zero points stay. ValueError as for gptq.
+    """
+    return _refit(w, codes, params, hessian)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """Levels of a weight, to be chosen in place: exact and levels [K, N], the others [N]."""
+    """Levels of a weight, to be chosen in place: exact and levels [K, N], the others by block of `size` inputs [b, N].
+
+    unit: what a level of the block is in terms of one of the first block; all 1.0 where there is one block only.
+    """
 
     exact: Floats
     levels: Floats
     scale: Floats
+    unit: Floats
     zero_point: Floats
     low: Floats
     high: Floats
+    size: int
     pairs: bool
 
     def fit(self, k: int, wanted: Floats) -> Floats:
@@ -163,15 +204,23 @@ class _Grid:
 
     def limits(self, k: int) -> tuple[Floats, Floats]:
         """The least and the largest level of input k, [N] each; 0 is always between them."""
+        low, high = self.low[k // self.size], self.high[k // self.size]
         if not self.pairs or k ^ 1 >= len(self.levels):
-            return self.low, self.high
+            return low, high
         other = self.levels[k ^ 1]  # 0, which limits nothing, while it is not chosen
-        low = np.maximum(self.low, -PAIR - np.minimum(other, 0.0))
-        return low, np.minimum(self.high, PAIR - np.maximum(other, 0.0))
+        low = np.maximum(low, -PAIR - np.minimum(other, 0.0))
+        return low, np.minimum(high, PAIR - np.maximum(other, 0.0))
+
+    def blocks(self) -> list[slice]:
+        """The inputs of each block."""
+        return [slice(first, first + self.size) for first in range(0, len(self.scale) * self.size, self.size)]
 
     def codes(self, params: QuantParams) -> npt.NDArray[Any]:
         """The levels as codes."""
-        return (self.levels + self.zero_point).astype(params.dtype.storage)
+        codes = np.empty(self.levels.shape, params.dtype.storage)
+        for rows, zero_point in zip(self.blocks(), self.zero_point, strict=True):
+            codes[rows] = self.levels[rows] + zero_point
+        return codes
 
 
 def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowest: int | None, pairs: bool,
@@ -183,27 +232,68 @@ def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowe
                          "use [K, N], [K, K] and [K, N]")
     if not (np.isfinite(w).all() and np.isfinite(hessian).all()):
         raise ValueError("a weight or hessian holds NaN or infinities; repair the weights or keep the node float")
-    if params.block_size is not None or (params.scale.size != 1 and (params.axis not in (1, -1)
-                                                                     or params.scale.shape != w.shape[1:])):
-        raise ValueError(f"parameters of shape {list(params.scale.shape)} along axis {params.axis} don't fit w "
-                         f"{list(w.shape)}; use one per tensor, or per channel along axis 1")
     if pairs and params.zero_point.any():
         raise ValueError("pairs are limited for symmetric signed codes only; use zero points of 0")
-    scale, zero_point = (np.broadcast_to(part.reshape(-1).astype(np.float64), w.shape[1:])
-                         for part in (params.scale, params.zero_point))
-    levels = np.zeros(w.shape) if codes is None else codes - zero_point
+    size = params.block_size or max(len(w), 1)
+    scale, zero_point = (_by_block(part, params, w.shape, size) for part in (params.scale, params.zero_point))
     least = _least(w, params, lowest) - zero_point
-    return _Grid(w / scale, levels, scale, zero_point, least, params.dtype.qmax - zero_point, pairs)
+    grid = _Grid(np.empty(w.shape), np.zeros(w.shape), scale, scale / scale[:1], zero_point, least,
+                 params.dtype.qmax - zero_point, size, pairs)
+    for b, rows in enumerate(grid.blocks()):
+        grid.exact[rows] = w[rows] / scale[b]
+        if codes is not None:
+            grid.levels[rows] = codes[rows] - zero_point[b]
+    return grid
+
+
+def _by_block(part: npt.NDArray[Any], params: QuantParams, shape: tuple[int, ...], size: int) -> Floats:
+    """A scale or zero point as float64 [b, N], b = 1 where all inputs share it. ValueError where it does not fit."""
+    if params.block_size is None:
+        if part.size == 1 or (params.axis in (1, -1) and part.shape == shape[1:]):
+            return np.broadcast_to(part.reshape(1, -1).astype(np.float64), (1, shape[1]))
+    elif params.axis in (0, -2) and part.shape == (-(-shape[0] // size), shape[1]):
+        return part.astype(np.float64)
+    raise ValueError(f"parameters of shape {list(part.shape)} along axis {params.axis} don't fit w {list(shape)}; use "
+                     "one per tensor, or per channel along axis 1, or by block along axis 0")
 
 
 def _least(w: npt.NDArray[np.float32], params: QuantParams, lowest: int | None) -> Floats:
-    """The least code [N] that may be chosen: see `lowest` of gptq."""
+    """The least code that may be chosen, [N] or [1]: see `lowest` of gptq."""
     if lowest is not None:
         if not params.dtype.qmin <= lowest <= params.zero_point.min(initial=params.dtype.qmax):
             raise ValueError(f"lowest is {lowest}; use a code of {params.dtype.name} up to the zero point")
-        return np.full(w.shape[1], float(lowest))
+        return np.array([float(lowest)])
+    if params.block_size is not None:
+        return np.array([float(params.dtype.qmin)])
     used = (quantize(w, params) == params.dtype.qmin).any(axis=0)
     return np.where(used, float(params.dtype.qmin), params.dtype.qmin + 1.0)
+
+
+def _refit(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: QuantParams,
+           hessian: Floats) -> tuple[QuantParams, Floats]:
+    """What refit gives, and the error [N] that is left."""
+    if params.block_size is None:
+        raise ValueError("scales are refitted by block only; choose the parameters with blocks.choose()")
+    grid = _grid(w, params, hessian, None, False, codes)
+    scale = grid.scale.astype(np.float32)
+    error = affine.dequantize(codes, params).astype(np.float64) - w
+    gradient = hessian @ error
+    for _ in range(SWEEPS):
+        for b, rows in enumerate(grid.blocks()):
+            levels = grid.levels[rows]
+            curve = _dot(levels, hessian[rows, rows] @ levels)
+            step = np.divide(_dot(levels, gradient[rows]), curve, out=np.zeros_like(curve), where=curve > 0)
+            new = (scale[b] - step).astype(np.float32)
+            new = np.where(np.abs(new) < affine.SMALLEST_SCALE, scale[b], new)
+            moved = levels * (new.astype(np.float64) - scale[b])
+            scale[b] = new
+            error[rows] += moved
+            gradient += hessian[:, rows] @ moved
+    return replace(params, scale=scale), _dot(error, gradient)
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    return np.asarray(np.einsum("kn,kn->n", a, b))
 
 
 def _feedback(hessian: Floats, damping: float) -> Floats | None:
@@ -226,11 +316,12 @@ def _feedback(hessian: Floats, damping: float) -> Floats | None:
 
 def _round_in_turn(grid: _Grid, order: npt.NDArray[np.intp], feedback: Floats, block: int) -> None:
     """Choose the levels of the inputs in `order` [n], each after what `feedback` [n, n] makes of the errors before."""
-    errors = np.zeros((len(order), grid.exact.shape[1]))
+    errors = np.zeros((len(order), grid.exact.shape[1]))  # in levels of the first block
     for first in range(0, len(order), block):
         rows = slice(first, first + block)
-        wanted = grid.exact[order[rows]] - feedback[rows, :first] @ errors[:first]
+        units = grid.unit[order[rows] // grid.size]
+        wanted = grid.exact[order[rows]] - feedback[rows, :first] @ errors[:first] / units
         for i, k in enumerate(order[rows]):
             j = first + i
-            grid.levels[k] = grid.fit(k, wanted[i] - feedback[j, first:j] @ errors[first:j])
-            errors[j] = grid.levels[k] - grid.exact[k]
+            grid.levels[k] = grid.fit(k, wanted[i] - feedback[j, first:j] @ errors[first:j] / units[i])
+            errors[j] = (grid.levels[k] - grid.exact[k]) * units[i]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbits_support import run_kernel
 
-from onnxq.numerics import affine, blocks, packing
+from onnxq.numerics import affine, block_search, blocks, packing, rounding
 from onnxq.numerics.blocks import choose, quantize_packed
 from onnxq.numerics.dtypes import INT2, INT4, INT8, INT16, UINT2, UINT4, UINT8
 
@@ -99,6 +99,99 @@ def test_the_search_for_the_least_error_loses_nowhere(seed, dtype, size, symmetr
     assert (searched <= plain * (1 + 1e-5) + 1e-12 * np.square(np.abs(w).max())).all()
 
 
+def every_range(w, dtype, symmetric):
+    """Scales and zero points for one block [B, 1]: a fine grid of them."""
+    most = np.abs(w).max()
+    zeros = [dtype.qmin + 2 ** (dtype.bits - 1)] if symmetric else range(dtype.qmin, dtype.qmax + 1)
+    for size in most * np.geomspace(0.3, 2.2, 150) / 2 ** (dtype.bits - 1):
+        for sign in (1, -1) if symmetric else (1,):
+            for zero in zeros:
+                zero_point = np.array([[zero]], dtype.storage)
+                yield affine.QuantParams(np.float32([[sign * size]]), zero_point, dtype, 0, len(w))
+
+
+@given(SEEDS, st.sampled_from([(INT2, True), (INT4, True), (UINT2, False)]), st.booleans())
+@settings(deadline=None, max_examples=10)
+def test_the_search_comes_near_the_best_there_is(seed, kind, weighed):
+    """Of all ranges on a fine grid; its few steps miss a dip here and there."""
+    dtype, symmetric = kind
+    rng = np.random.default_rng(seed)
+    found, best = 0.0, 0.0
+    for _ in range(6):
+        w = rng.normal(size=(16, 1)).astype(np.float32)
+        importance = rng.uniform(0.1, 3.0, 16) if weighed else np.ones(16)
+
+        def error(params, w=w, importance=importance):
+            off = affine.dequantize(affine.quantize(w, params), params) - w
+            return float(importance @ np.square(off[:, 0]))
+
+        found += error(choose(w, dtype, 16, symmetric, "mse", importance=importance if weighed else None))
+        best += min(map(error, every_range(w, dtype, symmetric)))
+    assert found <= 1.1 * best
+
+
+@given(SEEDS, any_type, st.sampled_from([8, 16]), st.booleans())
+@few
+def test_a_hessian_counts_errors_of_outputs(seed, dtype, size, symmetric):
+    """Never more output error within the blocks than by the absolute maximum; its size has no influence."""
+    rng = np.random.default_rng(seed)
+    w = weight(seed)
+    x = rng.normal(size=(40, 3)) @ rng.normal(size=(3, len(w))) + 0.3 * rng.normal(size=(40, len(w)))
+    hessian = x.T @ x
+    found = choose(w, dtype, size, symmetric, "mse", hessian=hessian)
+    for params, slack in ((found, 1 + 1e-4), (choose(w, dtype, size, symmetric), None)):
+        off = affine.dequantize(affine.quantize(w, params), params).astype(np.float64) - w
+        errors = [np.einsum("kn,kl,ln->n", off[k : k + size], hessian[k : k + size, k : k + size], off[k : k + size])
+                  for k in range(0, len(w), size)]
+        if slack:
+            searched = np.array(errors) / slack
+        else:
+            floor = 1e-9 * np.abs(hessian).max() * np.square(w).max() * size
+            assert (searched <= np.array(errors) + floor).all()
+    same = choose(w, dtype, size, symmetric, "mse", hessian=hessian * 4.0**30)
+    np.testing.assert_array_equal(same.scale, found.scale)
+
+
+def test_what_a_hessian_gains():
+    """Inputs that move together: the errors of their outputs fall by more than the squared errors alone make them."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(300, 8)) @ rng.normal(size=(8, 64)) + 0.3 * rng.normal(size=(300, 64))
+    w, hessian = rng.normal(size=(64, 32)).astype(np.float32), x.T @ x
+    errors = []
+    for keywords in ({}, {"hessian": hessian}):
+        params = choose(w, INT4, 16, True, "mse", **keywords)
+        errors.append(rounding.output_error(w, affine.quantize(w, params), params, hessian).sum())
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_importance_decides_what_is_kept(symmetric):
+    """Inputs that nobody reads don't count: the others are kept as if they were alone, and their size is no matter."""
+    w = np.random.default_rng(7).normal(size=(32, 50)).astype(np.float32)
+    importance = np.where(np.arange(32) % 2, 0.0, 1e30)
+    off = []
+    for counts in (None, importance):
+        params = choose(w, INT4, 32, symmetric, "mse", importance=counts)
+        off.append(np.square(affine.dequantize(affine.quantize(w, params), params) - w)[::2].sum())
+    assert off[1] < 0.9 * off[0]
+    same = choose(w, INT4, 32, symmetric, "mse", importance=importance * 1e-60)
+    np.testing.assert_array_equal(same.scale, params.scale)
+
+
+@given(SEEDS, st.sampled_from([INT2, INT4, UINT4]), st.booleans())
+@few
+def test_the_scale_fits_the_codes(seed, dtype, symmetric):
+    """The refitted scale is the root of the derivative of the squared error over the codes that it was fitted to."""
+    x = np.random.default_rng(seed).normal(size=(2, 16, 3)).astype(np.float32)
+    scale, zeros = block_search.tight(x, dtype, symmetric)
+    error, fitted = block_search.Measure().of(x, scale, zeros, dtype)
+    zeros = np.broadcast_to(np.float32(zeros), scale.shape)[:, None]
+    levels = np.clip(np.rint(x / scale[:, None]), -zeros, 2**dtype.bits - 1 - zeros).astype(np.float64)
+    expected = (levels * x).sum(axis=1) / np.square(levels).sum(axis=1)
+    np.testing.assert_allclose(fitted, expected, rtol=1e-5)
+    np.testing.assert_allclose(error, np.square(levels * expected[:, None] - x).sum(axis=1), rtol=1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "symmetric", "gain"), [(INT2, True, 0.87), (UINT2, False, 0.7), (INT4, True, 0.92),
                                                           (UINT4, False, 0.95), (INT8, True, 0.94)])
 def test_the_search_gains(dtype, symmetric, gain):
@@ -181,3 +274,17 @@ def test_what_does_not_fit_is_refused(w, dtype, size, says):
             call(w, dtype, size, True)
     with pytest.raises(ValueError, match="fill bytes"):
         quantize_packed(np.ones((4, 4), np.float32), INT4, 3, True)
+
+
+@pytest.mark.parametrize(("keywords", "says"), [
+    ({"importance": np.ones(3), "search": "absmax"}, "mse"),
+    ({"hessian": np.eye(3), "importance": np.ones(3)}, "one at a time"),
+    ({"importance": np.ones(2)}, "3 numbers"),
+    ({"importance": np.float32([1, -1, 1])}, "at least 0"),
+    ({"importance": np.float32([1, np.nan, 1])}, "at least 0"),
+    ({"hessian": np.eye(2)}, "hessian"),
+    ({"hessian": np.diag([1, np.inf, 1])}, "hessian"),
+])
+def test_counts_that_do_not_fit_are_refused(keywords, says):
+    with pytest.raises(ValueError, match=says):
+        choose(np.ones((3, 2), np.float32), INT4, 2, True, **{"search": "mse", **keywords})

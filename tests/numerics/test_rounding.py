@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnxq.numerics import affine, rounding
+from onnxq.numerics import affine, blocks, rounding
 from onnxq.numerics.affine import QuantParams
-from onnxq.numerics.dtypes import INT4, INT8, UINT8
-from onnxq.numerics.rounding import Hessian, damped, gptq, output_error
+from onnxq.numerics.dtypes import INT2, INT4, INT8, UINT4, UINT8
+from onnxq.numerics.rounding import Hessian, damped, gptq, gptq_refit, output_error, refit
 
 no_deadline = settings(deadline=None, max_examples=60)
 few = settings(deadline=None, max_examples=25)
@@ -53,9 +53,11 @@ def pairs_hold(codes):
 def reference_gptq(w, hessian, scale, lowest, highest, damping=0.01, pairs=False):
     """Algorithm 1 of arXiv 2210.17323 in float64 without blocks: act-order, Cholesky factor of the inverse.
 
-    One column of outputs at a time: w [K, N], scale [N]. What dead inputs get is left 0.
+    One column of outputs at a time: w [K, N], scale, lowest and highest any that numpy broadcasts to it. What dead
+    inputs get is left 0.
     """
     w, codes = w.astype(np.float64), np.zeros(w.shape, int)
+    scale, lowest, highest = (np.broadcast_to(part, w.shape) for part in (scale, lowest, highest))
     order = [k for k in np.argsort(-hessian.diagonal(), kind="stable") if hessian[k, k] > 0]
     if not order:
         return codes
@@ -65,13 +67,13 @@ def reference_gptq(w, hessian, scale, lowest, highest, damping=0.01, pairs=False
     for n in range(w.shape[1]):
         left = w[order, n]
         for j, k in enumerate(order):
-            code = min(max(round(left[j] / scale[n]), lowest), highest)
+            code = min(max(round(left[j] / scale[k, n]), int(lowest[k, n])), int(highest[k, n]))
             if pairs and (k ^ 1) < len(w):
                 other = codes[k ^ 1, n]
                 code = min(code, 128 - max(other, 0))
                 code = max(code, -128 - min(other, 0))
             codes[k, n] = code
-            error = (left[j] - code * scale[n]) / upper[j, j]
+            error = (left[j] - code * scale[k, n]) / upper[j, j]
             left[j:] -= error * upper[j, j:]
     return codes
 
@@ -296,8 +298,120 @@ def test_a_layer_without_inputs_or_outputs():
     for shape in ((0, 3), (3, 0)):
         w = np.zeros(shape, np.float32)
         hessian, params = np.eye(shape[0]), symmetric(w)
+        by_block = blocks.choose(w, INT4, 2, True)
+        codes, found = gptq_refit(w, hessian, by_block)
+        assert (codes.shape, found.scale.shape) == (shape, by_block.scale.shape)
+        assert output_error(w, codes, by_block, hessian).shape == shape[1:]
         assert gptq(w, hessian, params).shape == shape
         assert output_error(w, np.zeros(shape, np.int8), params, hessian).shape == shape[1:]
+
+
+# ------------------------------------------------------------------ by block
+
+
+def by_input(part, params, inputs):
+    """A scale or zero point by block as [K, N]."""
+    return np.repeat(part, params.block_size, axis=0)[:inputs]
+
+
+@given(SEEDS, BLOCKS, st.sampled_from([(INT2, True), (INT4, True), (UINT4, False)]), st.sampled_from([1, 4, 16, 32]))
+@no_deadline
+def test_each_input_keeps_the_scale_of_its_block(seed, block, kind, size):
+    """Scales of either sign, all codes of the type allowed, inputs by falling diagonal across blocks."""
+    w, x = layer(seed)
+    dtype, even = kind
+    params, hessian = blocks.choose(w, dtype, size, even), hessian_of(x)
+    zero_point = by_input(params.zero_point, params, len(w)).astype(int)
+    live = hessian.diagonal() > 0
+    expected = reference_gptq(w, hessian, by_input(params.scale, params, len(w)).astype(np.float64),
+                              dtype.qmin - zero_point, dtype.qmax - zero_point) + zero_point
+    codes = gptq(w, hessian, params, block=block)
+    assert codes.dtype == dtype.storage
+    np.testing.assert_array_equal(codes[live], expected[live])
+    np.testing.assert_array_equal(codes[~live], affine.quantize(w, params)[~live])
+
+
+@given(SEEDS)
+@no_deadline
+def test_one_block_is_a_channel(seed):
+    w, x = layer(seed)
+    params, hessian = symmetric(w, INT4), hessian_of(x)
+    block = QuantParams(params.scale[None], params.zero_point[None], INT4, 0, len(w))
+    np.testing.assert_array_equal(gptq(w, hessian, block), gptq(w, hessian, params, lowest=-8))
+
+
+@given(SEEDS, st.sampled_from([1, 4, 32]))
+@no_deadline
+def test_the_error_by_block_is_that_of_the_outputs(seed, size):
+    w, x = layer(seed)
+    params = blocks.choose(w, UINT4, size, False)
+    codes = affine.quantize(w, params)
+    difference = x.astype(np.float64) @ (affine.dequantize(codes, params).astype(np.float64) - w)
+    np.testing.assert_allclose(output_error(w, codes, params, hessian_of(x)), np.square(difference).sum(axis=0),
+                               rtol=1e-4, atol=1e-9)
+
+
+def test_refit_by_hand():
+    """Levels 1 and 2 of weights 1.2 and 2: the best scale of uncorrelated inputs is (1.2 + 4) / 5."""
+    w, codes = np.float32([[1.2], [2.0], [3.0]]), np.int8([[1], [2], [3]])
+    params = QuantParams(np.ones((2, 1), np.float32), np.zeros((2, 1), np.int8), INT4, 0, 2)
+    found = refit(w, codes, params, np.eye(3))
+    np.testing.assert_allclose(found.scale[:, 0], [1.04, 1.0], rtol=1e-6)
+
+
+@given(SEEDS, st.sampled_from([(INT2, True), (INT4, True), (UINT4, False)]), st.sampled_from([1, 4, 32]))
+@no_deadline
+def test_refit_never_raises_the_error(seed, kind, size):
+    w, x = layer(seed)
+    params, hessian = blocks.choose(w, kind[0], size, kind[1]), hessian_of(x)
+    codes = affine.quantize(w, params)
+    before = output_error(w, codes, params, hessian)
+    found = refit(w, codes, params, hessian)
+    # float32 scales keep an optimum to 2**-24 of the weight
+    floor = 2.0**-40 * np.einsum("kn,kl,ln->n", np.abs(w), np.abs(hessian), np.abs(w))
+    assert (output_error(w, codes, found, hessian) <= before + floor).all()
+    np.testing.assert_array_equal(found.zero_point, params.zero_point)
+    assert (np.abs(found.scale) >= affine.SMALLEST_SCALE).all()
+
+
+@given(SEEDS, st.integers(1, 4))
+@no_deadline
+def test_refit_of_one_block_is_least_squares(seed, outputs):
+    w, x = layer(seed, outputs=outputs, dead=False)
+    params = blocks.choose(w, INT4, len(w), True)
+    codes = affine.quantize(w, params)
+    found = refit(w, codes, params, hessian_of(x))
+    for n in range(outputs):
+        read = x.astype(np.float64) @ np.stack([codes[:, n], w[:, n]], axis=1)
+        best = np.linalg.lstsq(read[:, :1], read[:, 1], rcond=None)[0][0]
+        np.testing.assert_allclose(found.scale[0, n], best, rtol=1e-5)
+
+
+@given(SEEDS, st.sampled_from([(INT2, True), (UINT4, False)]), st.sampled_from([4, 32]))
+@no_deadline
+def test_rounds_of_gptq_and_refit_lose_nowhere(seed, kind, size):
+    w, x = layer(seed)
+    params, hessian = blocks.choose(w, kind[0], size, kind[1]), hessian_of(x)
+    tempered = damped(hessian, 0.01)
+    codes = gptq(w, hessian, params)
+    once = output_error(w, codes, refit(w, codes, params, tempered), tempered)
+    found = output_error(w, *gptq_refit(w, hessian, params), tempered)
+    floor = 2.0**-40 * np.einsum("kn,kl,ln->n", np.abs(w), np.abs(tempered), np.abs(w))
+    assert (found <= once * (1 + 1e-6) + floor).all()
+    one = gptq_refit(w, hessian, params, rounds=1)
+    np.testing.assert_array_equal(one[0], codes)
+    np.testing.assert_array_equal(one[1].scale, refit(w, codes, params, tempered).scale)
+
+
+@pytest.mark.parametrize(("dtype", "gain"), [(INT4, 0.97), (INT2, 0.9)], ids=["int4", "int2"])
+def test_refit_gains_on_rows_not_used(dtype, gain):
+    rng = np.random.default_rng(11)
+    mixed = rng.normal(size=(8, 96))
+    x = (rng.normal(size=(4000, 8)) @ mixed + 0.5 * rng.normal(size=(4000, 96))).astype(np.float32)
+    w = rng.normal(size=(96, 64)).astype(np.float32)
+    params, seen, unseen = blocks.choose(w, dtype, 32, True), hessian_of(x[:2000]), hessian_of(x[2000:])
+    plain = output_error(w, gptq(w, seen, params), params, unseen).sum()
+    assert output_error(w, *gptq_refit(w, seen, params), unseen).sum() < gain * plain
 
 
 # ------------------------------------------------------------------ limits
@@ -392,7 +506,8 @@ def test_asymmetric_codes_are_rounded_around_their_zero_point(seed):
     ({"hessian": np.array([[1, np.nan], [0, 1]])}, "NaN"),
     ({"hessian": np.eye(3)}, "fit"),
     ({"params": QuantParams(np.ones(2, np.float32), np.zeros(2, np.int8), INT8, 0)}, "along axis 1"),
-    ({"params": QuantParams(np.ones((1, 1), np.float32), np.zeros((1, 1), np.int8), INT8, 0, 2)}, "along axis 1"),
+    ({"params": QuantParams(np.ones((2, 1), np.float32), np.zeros((2, 1), np.int8), INT8, 0, 2)}, "block along axis 0"),
+    ({"params": QuantParams(np.ones((2, 1), np.float32), np.zeros((2, 1), np.int8), INT8, 1, 1)}, "block along axis 0"),
     ({"params": QuantParams(np.float32(1), np.uint8(3)[()], UINT8), "pairs": True}, "symmetric"),
     ({"lowest": -200}, "lowest"),
     ({"lowest": 1}, "lowest"),
@@ -401,3 +516,9 @@ def test_what_does_not_fit_is_refused(change, says):
     fits = {"w": np.float32([[1], [2]]), "hessian": np.eye(2), "params": plain(1.0)}
     with pytest.raises(ValueError, match=says):
         gptq(**{**fits, **change})
+
+
+def test_scales_are_refitted_by_block_only():
+    w = np.float32([[1], [2]])
+    with pytest.raises(ValueError, match="by block only"):
+        refit(w, np.int8([[1], [2]]), plain(1.0), np.eye(2))
