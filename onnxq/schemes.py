@@ -68,8 +68,9 @@ class Scheme:
                     raise RecipeError(f"scheme.{path}.{key}: {str(given).lower()} has no kernel here; use {words}")
         if self.is_weight_only and self.weights is not None and (
                 self.weights.symmetric is not (self.weights.dtype[0] == "i")):
-            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} codes are "
-                              f"{'symmetric' if self.weights.dtype[0] == 'i' else 'asymmetric'}; use the other type")
+            kind, other = ("symmetric", "asymmetric") if self.weights.dtype[0] == "i" else ("asymmetric", "symmetric")
+            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} is the type of {kind} codes; use that of "
+                              f"{other} ones, or the other value")
         if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
             raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
                               "true")

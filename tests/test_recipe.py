@@ -164,10 +164,20 @@ def test_unknown_keys_are_refused_by_path(text: str, message: str) -> None:
     ("scheme: w8a8\nrules: [{match: {op: Conv}, scheme: w4a4}]",
      "rules[0].scheme: 'w4a4' can't be mixed into w8a8; use float or w8a8"),
     ("scheme: {name: mine, weights: {symmetric: 1}}", "scheme.weights.symmetric: bool is wanted, not 1"),
-    ("scheme: {name: mine, weights: {symmetric: false}}",
+    ("scheme: {name: mine, activations: {dtype: uint8}, weights: {symmetric: false}}",
      "scheme.weights.symmetric: false has no kernel here; use true"),
-    ("scheme: {name: mine, weights: {granularity: row}}",
+    ("scheme: {name: mine, activations: {dtype: uint8}, weights: {granularity: row}}",
      "scheme.weights.granularity: row has no kernel here; use tensor, channel"),
+    ("scheme: {name: mine, activations: {dtype: uint8}, weights: {block_size: 32}}",
+     "scheme.weights.block_size: 32 has no kernel here; use none"),
+    ("scheme: {name: mine, weights: {granularity: channel}}",
+     "scheme.weights.granularity: channel has no kernel here; use block"),
+    ("scheme: {name: mine, weights: {granularity: block, block_size: 48}}",
+     "scheme.weights.block_size: 48 has no kernel here; use 16, 32, 64, 128, 256"),
+    ("scheme: {name: mine, weights: {dtype: uint4, granularity: block, block_size: 32}}",
+     "scheme.weights.symmetric: uint4 is the type of asymmetric codes; use that of symmetric ones"),
+    ("scheme: w4a16\nrules: [{match: {op: MatMul}, scheme: w8a8}]",
+     "rules[0].scheme: 'w8a8' can't be mixed into w4a16; use float or w4a16"),
     ("scheme: {name: mine, weights: {}, activations: {dtype: int16}}",
      "scheme.activations.dtype: int16 has no kernel here; use uint8"),
     ("scheme: {name: mine, weights: {}, activations: {dtype: uint8, granularity: token}}",
@@ -228,7 +238,7 @@ def test_shipped_schemes(name: str) -> None:
     for spec in (found.activations, found.weights):
         if spec is not None:
             assert dtypes.by_name(spec.dtype)
-            assert spec.granularity in ("tensor", "channel", "token")
+            assert spec.granularity in ("block", "tensor", "channel", "token")
     assert found.is_dynamic is ("dynamic" in name)
     assert recipe.parse(f"scheme: {name}").scheme == found
     assert name in schemes.scheme_text(name)
