@@ -182,9 +182,7 @@ class Planning:
     def round(self, plan: Plan) -> None:
         """Find codes of weights that keep layers' results better than the nearest ones do."""
         if self.recipe.scheme.is_weight_only:
-            with self.stage("round"):
-                self.progress.total(len(plan.blocks))
-                block_rounding.settle(self.graph_for(plan), plan, self.progress.step)
+            self._round_blocks(plan)
             return
         if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
             return
@@ -192,6 +190,16 @@ class Planning:
             self._start(self.recipe.calibration.samples)
             self.used_data = True
             plan.rounded = rounding.round_weights(self.graph_for(plan), plan, self._by())
+
+    def _round_blocks(self, plan: Plan) -> None:
+        graph = self.graph_for(plan)
+        with self.stage("round"):
+            if self.calib is not None and self.recipe.rounding != "nearest":
+                self._start(self.recipe.calibration.samples)
+                self.used_data = True
+                block_rounding.by_data(graph, plan, self._by())
+            self.progress.total(len(plan.blocks))
+            block_rounding.by_formula(graph, plan, self.progress.step)
 
     def correct(self, plan: Plan) -> None:
         """Find by how much each layer's bias has to make up for the error of its weights and input."""

@@ -69,8 +69,8 @@ class Scheme:
         if self.is_weight_only and self.weights is not None and (
                 self.weights.symmetric is not (self.weights.dtype[0] == "i")):
             kind, other = ("symmetric", "asymmetric") if self.weights.dtype[0] == "i" else ("asymmetric", "symmetric")
-            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} is the type of {kind} codes; use that of "
-                              f"{other} ones, or the other value")
+            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} is the type of {kind} codes; use that "
+                              f"of {other} ones, or the other value")
         if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
             raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
                               "true")

@@ -76,7 +76,7 @@ def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]
         found = packing.pack_gather(codes.T, _by_rows(params)) if form.axis else packing.pack_matmul(codes, params)
         if form.dtype.signed:
             return list(found[:2])
-        zeros = packing.pack_zero_points(params.zero_point.T, params.dtype)
+        zeros = packing.pack_zero_points(packing.stored(params.zero_point.T, params.dtype), params.dtype.bits)
         return [*found[:2], _default(params) if zeros is None else zeros]
 
     return compute

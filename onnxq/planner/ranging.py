@@ -69,7 +69,7 @@ def choose(graph: Graph, wanted: list[Group], by: Searching,
     """Tensor -> its range: by the method that causes the least squared error at its layers' results, on rows of the
     other half of the data than the range is taken from. `beside` is observed in the same run."""
     found: dict[str, Chosen] = {}
-    known = methods(by)
+    known = methods(by) if wanted else {}
     for group, halves in sampled(graph, wanted, by.data, by.how, by.options, by.progress, beside, histograms=True):
         best = _best(graph, group, halves, known, by)
         seen, unseen = halves.histograms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,47 +14,15 @@ from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.rounding import Hessian
 from onnxq.numerics.sampling import View
 from onnxq.plan import STATIC, Plan
+from onnxq.planner.hessians import Decoder, Halves, chunks
 from onnxq.planner.readers import Group, activation, groups
 from onnxq.planner.smoothing import Searching
 
 Codes = npt.NDArray[np.int8]
-Decoder = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
-_MOST_BYTES = 512 << 20  # of Hessians that are held at once
 _WIDEST = 6144  # inputs of a layer: the work grows with the cube
-_PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
 _BETTER = 0.95  # times the squared error of rounding to nearest, on the other half of the data
 _DAMPING = 0.05
-_LEAST = 1e-30  # of a row's size
-
-
-class _Half:
-    """The Hessian of what layers read of one half of the data, as its codes say.
-
-    `alike`: rows larger than the median of a batch are brought to its size, or a few tokens, a hundred times as large
-    as others, would decide every code.
-    """
-
-    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
-        self.view, self.decoded, self.alike, self.hessian = view, decoded, alike, Hessian()
-        self._random = np.random.default_rng(0)
-
-    def update(self, x: npt.NDArray[np.float32]) -> None:
-        count = self.view.count(x)
-        wanted = np.arange(count)
-        if self.view.kernel and count > _PATCHES:
-            wanted = self._random.choice(count, _PATCHES, replace=False)
-        if count:
-            rows = self.decoded(self.view.rows(x, wanted))
-            if self.alike:
-                sizes = np.linalg.norm(rows, axis=1, keepdims=True)
-                rows = rows / np.maximum(sizes, max(float(np.median(sizes)), _LEAST))
-            self.hessian.update(rows)
-
-
-class _Halves:
-    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
-        self.halves = _Half(view, decoded, alike), _Half(view, decoded, alike)
 
 
 @dataclass(frozen=True)
@@ -84,8 +51,8 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
             if task.inputs <= _WIDEST and not plan.nodes[node.name].extra_channels:
                 tasks.setdefault((group.name, view), []).append(task)
     found: dict[str, Codes] = {}
-    for chunk in _chunks(tasks):
-        running = {key: _Halves(key[1], _decoder(plan, tasks[key][0], by), by.alike) for key in chunk}
+    for chunk in chunks({key: members[0].inputs for key, members in tasks.items()}):
+        running = {key: Halves(key[1], _decoder(plan, tasks[key][0], by), by.alike) for key in chunk}
         observer.fold(graph, {}, by.data, by.how, by.options, by.progress,
                       [{name: one} for (name, _), one in running.items()])
         for key in chunk:
@@ -95,20 +62,6 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
                 if codes is not None:
                     found[task.node.inputs[1].name] = codes
     return found
-
-
-def _chunks(tasks: dict[tuple[str, View], list[_Task]]) -> list[list[tuple[str, View]]]:
-    """Keys whose Hessians are held together."""
-    chunks: list[list[tuple[str, View]]] = []
-    size = _MOST_BYTES
-    for key, members in tasks.items():
-        need = 3 * 8 * members[0].inputs**2
-        if size + need > _MOST_BYTES:
-            chunks.append([])
-            size = 0
-        chunks[-1].append(key)
-        size += need
-    return chunks
 
 
 def _decoder(plan: Plan, task: _Task, by: Searching) -> Decoder:

@@ -1,0 +1,65 @@
+"""Hessians of what layers read, of each half of the data, as many as memory holds at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.numerics.rounding import Hessian
+from onnxq.numerics.sampling import View
+
+Decoder = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+Key = TypeVar("Key", bound=Hashable)
+
+_MOST_BYTES = 512 << 20  # of Hessians that are held at once
+_PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
+_LEAST = 1e-30  # of a row's size
+
+
+class Half:
+    """The Hessian of what layers read of one half of the data, as its codes say.
+
+    `alike`: rows larger than the median of a batch are brought to its size, or a few tokens, a hundred times as large
+    as others, would decide every code.
+    """
+
+    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
+        self.view, self.decoded, self.alike, self.hessian = view, decoded, alike, Hessian()
+        self._random = np.random.default_rng(0)
+
+    def update(self, x: npt.NDArray[np.float32]) -> None:
+        """Fold in one batch."""
+        count = self.view.count(x)
+        wanted = np.arange(count)
+        if self.view.kernel and count > _PATCHES:
+            wanted = self._random.choice(count, _PATCHES, replace=False)
+        if count:
+            rows = self.decoded(self.view.rows(x, wanted))
+            if self.alike:
+                sizes = np.linalg.norm(rows, axis=1, keepdims=True)
+                rows = rows / np.maximum(sizes, max(float(np.median(sizes)), _LEAST))
+            self.hessian.update(rows)
+
+
+class Halves:
+    """Those of the even and of the odd samples."""
+
+    def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
+        self.halves = Half(view, decoded, alike), Half(view, decoded, alike)
+
+
+def chunks(inputs: Mapping[Key, int], most_bytes: int = _MOST_BYTES) -> list[list[Key]]:
+    """Keys whose Hessians are held together; `inputs` is K of each."""
+    found: list[list[Key]] = []
+    size = most_bytes
+    for key, count in inputs.items():
+        need = 3 * 8 * count**2
+        if size + need > most_bytes:
+            found.append([])
+            size = 0
+        found[-1].append(key)
+        size += need
+    return found
