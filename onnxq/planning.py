@@ -96,7 +96,7 @@ class Planning:
         """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
         self.smoothed = {}
         scheme = self.recipe.scheme
-        if self.calib is None or scheme.activations is None or self.recipe.outliers.method == "none":
+        if self.calib is None or scheme.is_float or self.recipe.outliers.method == "none":
             return
         found = self._outlined()
         codes = frozenset(t for v in found.nodes.values() if v.int_output for t in (v.result, *v.more_results) if t)

@@ -48,14 +48,16 @@ class Reader:
 
 @dataclass(frozen=True)
 class Activation:
-    """How x is quantized: per row, or at one range per tensor; symmetric or not."""
+    """How x is quantized: per row, or at one range per tensor; symmetric or not; or not at all, for `dtype` None."""
 
-    dtype: DType = UINT8
+    dtype: DType | None = UINT8
     symmetric: bool = False
     per_row: bool = False
 
     def decoded(self, x: Floats, low: float, high: float) -> Floats:
         """x [R, K] rounded to codes and back; `low` and `high` bound all of it where it is not quantized per row."""
+        if self.dtype is None:
+            return x
         if self.per_row:
             low_row, high_row = np.minimum(x.min(axis=1), 0), np.maximum(x.max(axis=1), 0)
             params = affine.choose(low_row, high_row, self.dtype, self.symmetric, axis=0)

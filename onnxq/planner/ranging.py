@@ -44,12 +44,14 @@ def _percentile(seen: Histogram, percent: float) -> Range:
 def methods(by: Searching) -> dict[str, Method]:
     """The ways to a range, by name: those of the calibration's `ranges`, and shares of the one between the extremes."""
     spec = activation(by.scheme)
+    assert spec.dtype is not None
+    kind = spec.dtype
     return {
         MINMAX: _extremes,
         **{f"{share:g} of minmax": partial(_extremes, share=share) for share in _SHARES},
         **{f"percentile {percent:g}": partial(_percentile, percent=percent) for percent in _PERCENTS},
-        "mse": lambda seen: clipping.mse(seen, spec.dtype, spec.symmetric),
-        "entropy": lambda seen: clipping.entropy(seen, spec.dtype, spec.symmetric),
+        "mse": lambda seen: clipping.mse(seen, kind, spec.symmetric),
+        "entropy": lambda seen: clipping.entropy(seen, kind, spec.symmetric),
     }
 
 

@@ -18,8 +18,9 @@ from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.histogram import Histogram
 from onnxq.numerics.sampling import Sample, Sampled, View
 from onnxq.numerics.smoothing import Activation, Reader
-from onnxq.plan import STATIC, TOKEN, NodePlan
+from onnxq.plan import STATIC, TOKEN, UNTOUCHED, NodePlan
 from onnxq.planner.scales import finite, weight_params
+from onnxq.planner.weight_only import block_params
 from onnxq.recipe import Calibration
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import Scheme
@@ -71,11 +72,13 @@ def groups(graph: Graph, nodes: dict[str, NodePlan]) -> list[Group]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         verdict = nodes.get(node.name)
-        if verdict is None or not verdict.is_int or verdict.part_of is not None or verdict.weight is None:
+        if verdict is None or verdict.part_of is not None or verdict.weight is None:
+            continue
+        if not verdict.is_int and verdict.activation != UNTOUCHED:
             continue
         fits = node.op in ("MatMul", "Gemm", "Conv") and verdict.weight == node.inputs[1].name
         alone = {n.name for n in graph.consumers(node.inputs[1])} == {node.name} if fits else False
-        if alone and verdict.activation in (STATIC, TOKEN) and not is_constant(node.inputs[0]):
+        if alone and verdict.activation in (STATIC, TOKEN, UNTOUCHED) and not is_constant(node.inputs[0]):
             found.setdefault(node.inputs[0].name, []).append(node)
     made = [_group(layers) for layers in found.values()]
     return [group for group in made if group is not None]
@@ -160,7 +163,8 @@ def sampled(graph: Graph, wanted: Sequence[Group], data: Dataset, how: Calibrati
 def activation(scheme: Scheme) -> Activation:
     """How a scheme quantizes what its layers read."""
     spec = scheme.activations
-    assert spec is not None
+    if spec is None:
+        return Activation(None)
     return Activation(by_name(spec.dtype), spec.symmetric, spec.granularity == "token")
 
 
@@ -180,7 +184,7 @@ def _reader(graph: Graph, node: Node, view: View, sample: Sample, scheme: Scheme
 
     def decoded(matrix: Floats) -> Floats:
         values = matrix if node.op != "Conv" else np.ascontiguousarray(matrix.T).reshape(shape)
-        params = weight_params(node, values, scheme, target)
+        params = block_params(values, scheme) if scheme.is_weight_only else weight_params(node, values, scheme, target)
         rounded = affine.dequantize(affine.quantize(values, params), params)
         return rounded if node.op != "Conv" else rounded.reshape(shape[0], -1).T
 

@@ -26,7 +26,7 @@ from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
 # what it has to gain at the layers' results, in dB: less than that is noise of the sample, and any change is one
-_LEAST_GAIN, _LEAST_GAIN_OF_SPLIT = 1.0, 0.5
+_LEAST_GAIN, _LEAST_GAIN_OF_SPLIT, _LEAST_GAIN_OF_WEIGHTS = 1.0, 0.5, 0.3
 _SAME_DB = 50.0  # roundings of a deep model in another order leave 80 and more
 Floats = npt.NDArray[np.float32]
 
@@ -82,9 +82,10 @@ def find(graph: Graph, nodes: dict[str, NodePlan], codes: frozenset[str], by: Se
     for group in groups(graph, nodes):
         layers = frozenset(n.name for n in group.layers)
         above = absorber(graph, group.tensor, layers, group.channels, group.axis)
-        if above is None and (not by.outliers.at_run_time or group.name in codes or group.axis != -1):
+        late = by.outliers.at_run_time and not by.scheme.is_weight_only  # a Mul gains weights less than it takes
+        if above is None and (not late or group.name in codes or group.axis != -1):
             continue
-        wide = group.axis == -1 and (above is None or above.tie is None)
+        wide = group.axis == -1 and (above is None or above.tie is None) and not by.scheme.is_weight_only
         ways[group.name] = _Way(above, wide and region(graph, group.tensor, layers, group.channels) is not None)
         wanted.append(group)
     held = sampled(graph, wanted, by.data, by.how, by.options, by.progress)
@@ -111,7 +112,7 @@ def _search(graph: Graph, group: Group, way: _Way, halves: tuple[Sample, Sample]
         copies = _copies(source)
         sizes = smoothing.extreme(low, high)[source] / copies
         s = np.asarray(smoothing.factors(sizes, search.weights[source], found.alpha, found.beta) * copies)
-    if found.gain_db < _LEAST_GAIN:
+    if found.gain_db < (_LEAST_GAIN_OF_WEIGHTS if by.scheme.is_weight_only else _LEAST_GAIN):
         return None
     names = tuple(n.name for n in group.layers)
     rewrite = Smoothing(group.name, names, s, group.axis, way.above is not None, source)

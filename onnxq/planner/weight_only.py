@@ -7,8 +7,11 @@ from dataclasses import replace
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.numerics import blocks as numerics
+from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
 from onnxq.plan import FLOAT, STORED, UNTOUCHED, Blocks, NodePlan
@@ -84,6 +87,14 @@ def blocks(node: Node, spec: TensorSpec) -> Blocks:
     assert spec.block_size is not None
     search = "absmax" if spec.search == "auto" else spec.search
     return Blocks(by_name(spec.dtype), spec.block_size, axis(node), cast(Search, search))
+
+
+def block_params(values: npt.NDArray[np.float32], scheme: Scheme) -> QuantParams:
+    """Parameters of a layer's weight [K, N] by the simplest search, for what tries many of its forms."""
+    spec = scheme.weights
+    assert spec is not None
+    assert spec.block_size is not None
+    return numerics.choose(values, by_name(spec.dtype), spec.block_size, spec.symmetric)
 
 
 def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict[str, NodePlan], scheme: str,
