@@ -15,12 +15,14 @@ from threadpoolctl import threadpool_limits
 from onnxq import verification
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.calibration.shapes import resized
-from onnxq.errors import DataError, ModelError, OutputError, UsageError
+from onnxq.errors import DataError, GraphError, ModelError, OutputError, UsageError
 from onnxq.explanation import codes
-from onnxq.graph import Graph, Node, load, save, stored_bytes
+from onnxq.graph import Graph, Node, load, raise_opset, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import EMITTER_VERSION, lower
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
+from onnxq.passes.pack import pack
+from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
@@ -258,10 +260,20 @@ class _Compilation:
             self._passes(quantize(), graph)
             save(graph, twin)
         self._passes(lower(self.request.format), graph)
+        graph = self._packed(graph)
         graph.metadata.update({
             "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
             "onnxq.plan": self.context.plan.digest()})
         save(graph, compiled)
+        return graph
+
+    def _packed(self, graph: Graph) -> Graph:
+        """Codes below 8 bits in as many bits, which operators take from some opset on."""
+        try:
+            graph = raise_opset(graph, opset_for_codes(self.context.plan))
+        except GraphError as e:
+            self.report.verdict.notices.append(f"codes of weights that are decoded at load take 8 bits each: {e}")
+        self._passes(pack(), graph)
         return graph
 
     def _build(self, plan: Plan, path: Path) -> None:

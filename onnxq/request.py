@@ -12,6 +12,7 @@ from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
+from onnxq.passes.pack import pack
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
@@ -127,4 +128,4 @@ def _check_output(request: Request, force: bool) -> None:
 
 
 def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format))]
+    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format), *pack())]

@@ -1,0 +1,56 @@
+"""Codes below 8 bits in as many bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
+from onnxq.numerics.dtypes import DType
+from onnxq.passes.blocks import layout
+from onnxq.passes.manager import Context, Pass
+from onnxq.plan import UNTOUCHED, Plan
+
+_OPSETS = {4: 21, 2: 25}  # the first in which Cast takes a type of so many bits
+_PARTS = ("q", "zero_points")
+
+
+@dataclass(frozen=True)
+class PackCodes(Pass):
+    """Cast(q int8) -> Cast(q int4), and the same of uint4, int2 and uint2, for weights that are decoded at load.
+
+    Source: ONNX Cast-21 (4 bits) and Cast-25 (2 bits); several codes share a byte in the file.
+    """
+
+    name: ClassVar[str] = "pack-codes"
+
+    def visit(self, node: Node, graph: Graph, context: Context) -> bool:
+        """Narrow what one Cast reads."""
+        if node.op != "Cast" or node.domain or not is_constant(node.inputs[0]):
+            return False
+        codes = node.inputs[0]
+        name, _, part = str(codes.name).rpartition(".")
+        form = layout(context.plan, name) if part in _PARTS else None
+        if form is None or form.dtype.bits == 8:
+            return False
+        if graph.opset < _OPSETS[form.dtype.bits]:
+            return context.skip(node, f"Cast takes {form.dtype.name} from opset {_OPSETS[form.dtype.bits]} on")
+        graph.replace_input(node, 0, _narrow(graph, codes, form.dtype))
+        return True
+
+
+def _narrow(graph: Graph, codes: Tensor, dtype: DType) -> Tensor:
+    """The codes in their own type, computed as they are saved."""
+    narrow = np.dtype(getattr(ml_dtypes, dtype.name))
+    shape = [int(d or 0) for d in shape_of(codes) or ()]
+    return graph.computed(f"{codes.name}.packed", narrow, shape, lambda: graph.read(codes).astype(narrow))
+
+
+def opset_for_codes(plan: Plan) -> int:
+    """The opset that the weights which are decoded at load need to take no more bits than they have; 0 for any."""
+    weights = {v.weight for v in plan.nodes.values() if v.activation == UNTOUCHED and not v.is_int and v.weight}
+    bits = {form.dtype.bits for form in (layout(plan, w) for w in weights) if form is not None}
+    return max((_OPSETS.get(b, 0) for b in bits), default=0)
