@@ -40,7 +40,7 @@ def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, 
     saturate. Asymmetric: as affine.choose. A block of zeros gets scale 1.0.
     "mse": of that range shrunk by block_search.FACTORS, with either sign of the scale (symmetric) or neighbouring zero
     points (asymmetric), and the scale fitted to the codes, the one with the least squared error; never worse than
-    "absmax". `importance` [K], at least 0: what the squared error of an input counts, e.g. the root of mean x^2.
+    "absmax". `importance` [K], at least 0: what the squared error of an input counts, e.g. mean x^2.
     `hessian` [K, K], e.g. Hessian.result(): the error is that of the outputs instead, e^T H e with the part of it that
     belongs to the block, as if other blocks were exact. Only one of the two; their size has no influence.
     Scales are normal float32 numbers. Extra memory: some arrays of CELLS, with a hessian K * B floats.
@@ -51,7 +51,6 @@ def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, 
     layout, find = _search(w, dtype, block_size, symmetric, search, importance, hessian)
     scale = np.empty((layout.blocks, layout.outputs), np.float32)
     zero_point = np.empty(scale.shape, dtype.storage)
-
     for chunk in layout.chunks():
         scale[chunk.place], zeros = find(chunk, chunk.read(w))
         zero_point[chunk.place] = zeros + np.float32(dtype.qmin)
@@ -71,7 +70,6 @@ def quantize_packed(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetri
     codes = np.empty((layout.outputs, layout.blocks, block_size * bits // 8), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
     zero_points = np.empty(codes.shape[:2], np.uint8)
-
     for chunk in layout.chunks():
         x, place = chunk.read(w), chunk.place[::-1]
         scale, zeros = find(chunk, x)
