@@ -42,7 +42,7 @@ class Measure:
         scale * (1 - l.r / l.l) has the least error, scale**2 * (r.r - (l.r)**2 / l.l). With one it stays as it is:
         what is nearest for a scale that fits these codes may be worse than these are.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # an error beyond float32 is never the smaller one
+        with np.errstate(all="ignore"):  # an error beyond float32 is never the smaller one
             levels, rest = _rounded(x, scale, zeros, dtype)
             if self.hessian is not None:
                 return _dot(rest, self.hessian @ rest) * np.square(scale), scale
@@ -52,16 +52,16 @@ class Measure:
             size = _dot(levels, levels)
             shift = _ratio(_dot(levels, rest), size)
             error = _dot(rest, rest) - shift**2 * size
-            return error * np.square(scale), normal(scale - scale * shift)
+            return error * np.square(scale), scale - scale * shift
 
     def refitted(self, x: Floats, scale: Floats, zeros: Zeros, dtype: DType) -> Measured:
         """The same of a scale that fits the codes of `scale`."""
         if self.hessian is None:
             return self.of(x, scale, zeros, dtype)
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             levels, rest = _rounded(x, scale, zeros, dtype)
             shift = _ratio(_dot(levels, self.hessian @ rest), _dot(levels, self.hessian @ levels))
-            scale = normal(scale - scale * shift)
+            scale = scale - scale * shift
         return self.of(x, scale, zeros, dtype)
 
 
@@ -89,10 +89,10 @@ def least_error(x: Floats, dtype: DType, symmetric: bool, measure: Measure) -> F
         error, scale = measure.refitted(x, best, zeros, dtype)
         better = error < least
         least, best = np.where(better, error, least), np.where(better, scale, best)
-    return best, zeros
+    return _normal(best), zeros
 
 
-def normal(scale: npt.NDArray[np.floating]) -> Floats:
+def _normal(scale: Floats) -> Floats:
     """`scale` as normal float32 numbers of the same sign; 1.0 in place of 0."""
     size = np.clip(np.abs(scale), SMALLEST_SCALE, LARGEST_SCALE)
     return np.where(scale == 0, 1, np.copysign(size, scale)).astype(np.float32)
@@ -104,7 +104,7 @@ def _trials(low: Floats, high: Floats, dtype: DType, symmetric: bool) -> Iterato
         scale, half = _signed_scale(low, high, dtype), 2.0 ** (dtype.bits - 1)
         # by a negative factor the weight of the largest magnitude gets the code qmax, one less than -qmin
         for factor in (*FACTORS[dtype.bits], *-FACTORS[dtype.bits] * half / (half - 1)):
-            yield normal(scale * factor), half
+            yield scale * np.float32(factor), half
         return
     low, high = np.minimum(low, 0), np.maximum(high, 0)
     for factor in FACTORS[dtype.bits]:
@@ -123,7 +123,8 @@ def _bounds(x: Floats) -> tuple[Floats, Floats]:
 
 def _signed_scale(low: Floats, high: Floats, dtype: DType) -> Floats:
     """The scale [b, c] that gives the weight of the largest magnitude the code qmin."""
-    return normal(np.where(-low >= high, low, high) / np.float32(-(2 ** (dtype.bits - 1))))
+    most = np.where(-low >= high, low, high)
+    return _normal(np.asarray(most / np.float32(-(2 ** (dtype.bits - 1))), np.float32))
 
 
 def _rounded(x: Floats, scale: Floats, zeros: Zeros, dtype: DType) -> tuple[Floats, Floats]:

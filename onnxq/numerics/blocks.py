@@ -2,7 +2,8 @@
 
 A weight is w [K, N], K inputs and N outputs; blocks of B run along K, the last one may be short. Its parameters are
 QuantParams(scale, zero_point, dtype, axis=0, block_size=B), scale and zero_point [ceil(K / B), N]. Work goes by chunks
-of some blocks and columns that stay in the processor's cache, in threads: numpy lets go of the interpreter in between.
+of some blocks and columns that stay in the processor's caches. In one thread: two were no faster, as numpy's calls on a
+chunk are too short to be worth handing the interpreter over.
 
 *Symmetric*: the zero point is the middle code, 2**(bits - 1) above qmin. There is one code more below the middle than
 above, so the scale takes the sign that suits the block: negative scales are as good as positive ones to
@@ -11,10 +12,7 @@ above, so the scale takes the sign that suits the block: negative scales are as 
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +27,7 @@ from onnxq.numerics.packing import Blobs
 
 Search = Literal["absmax", "mse"]
 
-CELLS = 1 << 16  # weights of a chunk: enough that calls of numpy cost little, few enough for the caches of a core
+CELLS = 1 << 17  # weights of a chunk: enough that calls of numpy cost little, few enough for the caches of a core
 COLUMNS = 512  # of a chunk: 2 kB of a row of the weight at a time
 
 
@@ -42,10 +40,10 @@ def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, 
     saturate. Asymmetric: as affine.choose. A block of zeros gets scale 1.0.
     "mse": of that range shrunk by block_search.FACTORS, with either sign of the scale (symmetric) or neighbouring zero
     points (asymmetric), and the scale fitted to the codes, the one with the least squared error; never worse than
-    "absmax". `importance` [K], at least 0: what the squared error of an input counts, e.g. the root of mean x^2.
+    "absmax". `importance` [K], at least 0: what the squared error of an input counts, e.g. mean x^2.
     `hessian` [K, K], e.g. Hessian.result(): the error is that of the outputs instead, e^T H e with the part of it that
     belongs to the block, as if other blocks were exact. Only one of the two; their size has no influence.
-    Scales are normal float32 numbers. Extra memory: some arrays of CELLS per thread, with a hessian K * B floats.
+    Scales are normal float32 numbers. Extra memory: some arrays of CELLS, with a hessian K * B floats.
     Source: of "mse" the searches of llama.cpp's k-quants; of the hessian AWQ's clipping (arXiv 2306.00978), which
     compares outputs of some rows.
     ValueError for NaN or infinities, another shape and types that are not of 2, 4 or 8 bits.
@@ -53,12 +51,9 @@ def choose(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool, 
     layout, find = _search(w, dtype, block_size, symmetric, search, importance, hessian)
     scale = np.empty((layout.blocks, layout.outputs), np.float32)
     zero_point = np.empty(scale.shape, dtype.storage)
-
-    def work(chunk: _Chunk) -> None:
+    for chunk in layout.chunks():
         scale[chunk.place], zeros = find(chunk, chunk.read(w))
         zero_point[chunk.place] = zeros + np.float32(dtype.qmin)
-
-    _each(layout, work)
     return QuantParams(scale, zero_point, dtype, 0, block_size)
 
 
@@ -75,15 +70,12 @@ def quantize_packed(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetri
     codes = np.empty((layout.outputs, layout.blocks, block_size * bits // 8), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
     zero_points = np.empty(codes.shape[:2], np.uint8)
-
-    def work(chunk: _Chunk) -> None:
+    for chunk in layout.chunks():
         x, place = chunk.read(w), chunk.place[::-1]
         scale, zeros = find(chunk, x)
         zeros = np.broadcast_to(np.asarray(zeros, np.float32), scale.shape)
         scales[place], zero_points[place] = scale.T, zeros.T
         packing.pack_blocks(_codes(x, scale, zeros, block_size, 2**bits - 1), bits, codes[place])
-
-    _each(layout, work)
     return codes, scales, packing.pack_zero_points(zero_points, bits)
 
 
@@ -173,19 +165,6 @@ def _diagonal_blocks(hessian: npt.NDArray[np.float64], layout: _Layout) -> Float
         part = hessian[first : first + layout.size, first : first + layout.size]
         block[: len(part), : len(part)] = part / most
     return found
-
-
-def _each(layout: _Layout, work: Callable[[_Chunk], None]) -> None:
-    """Do `work` on all chunks, on all processors that this process may use."""
-    threads = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    chunks = list(layout.chunks())
-    if min(threads, len(chunks)) < 2:
-        for chunk in chunks:
-            work(chunk)
-        return
-    with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
-        for _ in pool.map(work, chunks):
-            pass
 
 
 def _codes(x: Floats, scale: Floats, zeros: Floats, size: int, most: int) -> npt.NDArray[np.uint8]:
