@@ -34,6 +34,7 @@ LEAST_SPEED = 60e6  # weights per second
 _LARGE = 1 << 16  # weights
 _BLOCK = 1 << 24  # weights that the floor reads at a time
 _PIECE = 1 << 16  # and rounds at a time, in the processor's cache
+_ROOT = Path(__file__).resolve().parents[1]  # where this package is found
 _WAIT = 0.02  # seconds between samples
 
 
@@ -88,17 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory(prefix=".onnxq-large-", dir=options.model.absolute().parent) as scratch:
         if options.cold:
             forget_pages(options.model)
-        found = measure(options.model, Path(scratch) / "out.onnx",
-                        None if options.floor else [*_compile_options(options)])
+        how = None if options.floor else ["--scheme", options.scheme, "--max-memory", options.max_memory]
+        found = measure(options.model, Path(scratch) / "out.onnx", how)
     if options.json is not None:
         options.json.write_text(json.dumps({**vars(found), "held": found.held}, indent=1) + "\n")
     print(described(found))
     print(", ".join(f"{k} {v}" for k, v in environment().items()))
     return 0 if found.held else 1
-
-
-def _compile_options(options: argparse.Namespace) -> list[str]:
-    return ["--scheme", options.scheme, "--max-memory", options.max_memory]
 
 
 def described(found: Run) -> str:
@@ -120,14 +117,14 @@ def measure(model: Path, output: Path, options: Sequence[str] | None) -> Run:
 
     Raises RuntimeError with what the process said when it failed.
     """
-    weights = count_weights(model)
+    model, output, weights = model.absolute(), output.absolute(), count_weights(model)
     if options is None:
         call = ["-m", "benchmarks.large", str(model), "--write-floor", str(output)]
     else:
         call = ["-m", "onnxq", "compile", str(model), "-o", str(output), "--json", "--quiet", *options]
     start, before = time.perf_counter(), _children_seconds()
     with TemporaryDirectory() as folder, (Path(folder) / "said").open("w+") as said:
-        with subprocess.Popen([sys.executable, *call], stdout=said, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen([sys.executable, *call], stdout=said, stderr=subprocess.STDOUT, cwd=_ROOT) as process:
             peak, mapped = watch(process)
         seconds = time.perf_counter() - start
         said.seek(0)
