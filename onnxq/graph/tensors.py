@@ -106,11 +106,16 @@ def read_proto(proto: onnx.TensorProto, folder: Path, rows: slice | None = None)
     """
     if proto.data_location != onnx.TensorProto.EXTERNAL:
         return _rows(numpy_helper.to_array(proto), rows)
-    raw, shape = _map(proto, folder), tuple(proto.dims)
+    path, offset, length = external_span(proto, folder)
+    shape = tuple(proto.dims)
     if proto.data_type in _BITS:
-        packed = onnx.TensorProto(data_type=proto.data_type, dims=shape, raw_data=raw.tobytes())
-        return _rows(numpy_helper.to_array(packed), rows)
-    found = _rows(raw.view(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(shape), rows)
+        raw = _map(path, offset, length).tobytes()
+        return _rows(numpy_helper.to_array(onnx.TensorProto(data_type=proto.data_type, dims=shape, raw_data=raw)), rows)
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        each, count = length // max(shape[0], 1), max(0, last - first)
+        offset, length, shape = offset + first * each, count * each, (count, *shape[1:])
+    found = _map(path, offset, length).view(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(shape)
     return found if found.flags.aligned else np.array(found)
 
 
@@ -118,16 +123,12 @@ def _rows(values: Array, rows: slice | None) -> Array:
     return values if rows is None else values[rows]
 
 
-def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
-    """The bytes of external data, mapped; the mapping, and its pages with it, goes when the last array on it goes.
-
-    Raises ModelError when the file is shorter than the tensor needs.
-    """
-    path, offset, wanted = external_span(proto, folder)
-    if wanted == 0:
+def _map(path: Path, offset: int, length: int) -> NDArray[np.uint8]:
+    """Bytes of a file, mapped; the mapping, and its pages with it, goes when the last array on it goes."""
+    if length == 0:
         return np.empty(0, np.uint8)
-    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
-    if wanted >= _WORTH_ADVICE and isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+    if length >= _WORTH_ADVICE and isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):
         mapped.base.madvise(mmap.MADV_WILLNEED)  # from a disk, one long read in place of many short ones
     return mapped
 
