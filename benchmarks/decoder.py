@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,15 +126,14 @@ class _Builder:
         self.small: list[onnx.TensorProto] = []
         each = shape.hidden // shape.heads
         group = shape.heads // shape.shared
-        for name, values in (("two", np.float32(2)), ("epsilon", np.float32(_EPSILON)), ("zero", np.float32(0)),
-                             ("never", np.float32(-1e9)), ("scale", np.float32(each**-0.5)), ("one", np.int64([1])),
-                             ("first", np.int64(0)), ("step", np.int64(1)), ("rows", np.int64([0])),
-                             ("split_q", np.int64([0, 0, shape.shared, group, each])),
-                             ("split_kv", np.int64([0, 0, shape.shared, 1, each])),
-                             ("merge", np.int64([0, 0, shape.hidden]))):
-            self.small.append(numpy_helper.from_array(np.asarray(values), name))
+        floats = {"two": 2, "epsilon": _EPSILON, "zero": 0, "never": -1e9, "scale": each**-0.5}
+        integers: dict[str, int | list[int]] = {
+            "one": [1], "first": 0, "step": 1, "rows": [0], "merge": [0, 0, shape.hidden],
+            "split_q": [0, 0, shape.shared, group, each], "split_kv": [0, 0, shape.shared, 1, each]}
+        self.small += [numpy_helper.from_array(np.asarray(v, np.float32), k) for k, v in floats.items()]
+        self.small += [numpy_helper.from_array(np.asarray(v, np.int64), k) for k, v in integers.items()]
 
-    def add(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def add(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Append a node of one output, whose name is returned."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output

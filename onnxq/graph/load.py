@@ -22,6 +22,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from onnxq.errors import GraphError, ModelError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import name_nodes, name_tensors, with_bodies
+from onnxq.graph.parse import parse
 
 OLDEST_OPSET = 7
 WORKING_OPSET = 13  # the first with per-channel QuantizeLinear/DequantizeLinear
@@ -79,7 +80,7 @@ def from_proto(model: onnx.ModelProto, folder: Path) -> Graph:
 
 def read_nodes(path: str | Path) -> list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:
     """(name, op_type, domain, inputs, outputs) of the main graph's nodes, as stored; weights are not read."""
-    model = onnx.load(str(path), load_external_data=False)
+    model = parse(Path(path))
     return [(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output)) for n in model.graph.node]
 
 
@@ -89,9 +90,8 @@ def stored_bytes(path: str | Path) -> int:
     Raises ModelError when one of those is missing.
     """
     path = Path(path)
-    model = onnx.load(str(path), load_external_data=False)
-    names = {e.value for g in with_bodies(model.graph) for t in g.initializer for e in t.external_data
-             if e.key == "location"}
+    names = {e.value for g in with_bodies(parse(path).graph) for t in g.initializer for e in t.external_data
+             if e.key == "location"} - {path.resolve().name}  # large weights that are in the model itself
     try:
         return int(path.stat().st_size) + sum((path.parent / n).stat().st_size for n in names)
     except FileNotFoundError as e:
@@ -105,7 +105,7 @@ def _parse(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise ModelError(f"{path} is not a file; name the .onnx file itself")
     try:
-        model = onnx.load(str(path), format="protobuf", load_external_data=False)
+        model = parse(path)
     except DecodeError:
         raise ModelError(f"{path} is not an ONNX model or is cut short; export or copy it again") from None
     except OSError as e:

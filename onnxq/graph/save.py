@@ -17,6 +17,7 @@ import onnx_graphsurgeon as gs
 from onnxq.errors import OutputError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
+from onnxq.graph.parse import GRAPH, INITIALIZER, RAW_DATA, field
 from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_text, nbytes, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
@@ -170,31 +171,18 @@ def _embed(model: onnx.ModelProto, weights: _Weights, file: IO[bytes]) -> None:
     parts = []  # (name, initializer up to its values, their bytes or None)
     for proto in model.graph.initializer:
         head, length = proto.SerializeToString(), weights.length(proto.name)
-        parts.append((proto.name, head if length is None else head + _field(_RAW_DATA, length), length))
+        parts.append((proto.name, head if length is None else head + field(RAW_DATA, length), length))
     del model.graph.initializer[:]
     graph = model.graph.SerializeToString()
     model.ClearField("graph")
-    heads = [_field(_INITIALIZER, len(head) + (length or 0)) for _, head, length in parts]
+    heads = [field(INITIALIZER, len(head) + (length or 0)) for _, head, length in parts]
     whole = len(graph) + sum(len(h) + len(head) + (length or 0)
                              for h, (_, head, length) in zip(heads, parts, strict=True))
-    file.write(model.SerializeToString() + _field(_GRAPH, whole) + graph)
-    for field, (name, head, length) in zip(heads, parts, strict=True):
-        file.write(field + head)
+    file.write(model.SerializeToString() + field(GRAPH, whole) + graph)
+    for before, (name, head, length) in zip(heads, parts, strict=True):
+        file.write(before + head)
         if length is not None:
             weights.write(name, file)
-
-
-# fields of ModelProto, GraphProto and TensorProto by their numbers in onnx.proto
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
-
-
-def _field(number: int, length: int) -> bytes:
-    """What stands before `length` bytes of a field: its number with wire type 2, and the length in base 128."""
-    found = bytearray([number << 3 | 2])
-    while length > 127:
-        found.append(length & 127 | 128)
-        length >>= 7
-    return bytes([*found, length])
 
 
 @contextlib.contextmanager

@@ -98,29 +98,37 @@ def external_location(proto: onnx.TensorProto, folder: Path) -> tuple[Path, int,
     return path, int(entries.get("offset", 0)), int(length) if length else None
 
 
-def read_proto(proto: onnx.TensorProto, folder: Path) -> Array:
-    """The values of a TensorProto; external data are mapped, not read (types below a byte are read and unpacked).
+def read_proto(proto: onnx.TensorProto, folder: Path, rows: slice | None = None) -> Array:
+    """The values of a TensorProto, or some of its rows.
 
-    Raises ModelError when the external file is shorter than the tensor needs.
+    External data are mapped, not read, unless they lie where the processor can't use them (in a model file they lie
+    anywhere) or share bytes. Raises ModelError when the external file is shorter than the tensor needs.
     """
     if proto.data_location != onnx.TensorProto.EXTERNAL:
-        return numpy_helper.to_array(proto)
-    raw, shape = _map(proto, folder), tuple(proto.dims)
+        return _rows(numpy_helper.to_array(proto), rows)
+    path, offset, length = external_span(proto, folder)
+    shape = tuple(proto.dims)
     if proto.data_type in _BITS:
-        return numpy_helper.to_array(onnx.TensorProto(data_type=proto.data_type, dims=shape, raw_data=raw.tobytes()))
-    return raw.view(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(shape)
+        raw = _map(path, offset, length).tobytes()
+        return _rows(numpy_helper.to_array(onnx.TensorProto(data_type=proto.data_type, dims=shape, raw_data=raw)), rows)
+    if rows is not None:
+        first, last, _ = rows.indices(shape[0])
+        each, count = length // max(shape[0], 1), max(0, last - first)
+        offset, length, shape = offset + first * each, count * each, (count, *shape[1:])
+    found = _map(path, offset, length).view(onnx.helper.tensor_dtype_to_np_dtype(proto.data_type)).reshape(shape)
+    return found if found.flags.aligned else np.array(found)
 
 
-def _map(proto: onnx.TensorProto, folder: Path) -> NDArray[np.uint8]:
-    """The bytes of external data, mapped; the mapping, and its pages with it, goes when the last array on it goes.
+def _rows(values: Array, rows: slice | None) -> Array:
+    return values if rows is None else values[rows]
 
-    Raises ModelError when the file is shorter than the tensor needs.
-    """
-    path, offset, wanted = external_span(proto, folder)
-    if wanted == 0:
+
+def _map(path: Path, offset: int, length: int) -> NDArray[np.uint8]:
+    """Bytes of a file, mapped; the mapping, and its pages with it, goes when the last array on it goes."""
+    if length == 0:
         return np.empty(0, np.uint8)
-    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(wanted,))
-    if wanted >= _WORTH_ADVICE and isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):
+    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=offset, shape=(length,))
+    if length >= _WORTH_ADVICE and isinstance(mapped.base, mmap.mmap) and hasattr(mapped.base, "madvise"):
         mapped.base.madvise(mmap.MADV_WILLNEED)  # from a disk, one long read in place of many short ones
     return mapped
 
@@ -160,11 +168,9 @@ def read(tensor: gs.Tensor, folder: Path, rows: slice | None = None) -> Array:
 def _values(values: Array | LazyValues, folder: Path, rows: slice | None) -> Array:
     if isinstance(values, Widened):
         return _values(values.half, folder, rows).astype(FLOAT32)
-    if isinstance(values, np.ndarray):
-        found = values
-    else:
-        found = values.values() if isinstance(values, Computed) else read_proto(values.tensor, folder)
-    return found if rows is None else found[rows]
+    if isinstance(values, Computed):
+        return _rows(values.values(), rows)
+    return _rows(values, rows) if isinstance(values, np.ndarray) else read_proto(values.tensor, folder, rows)
 
 
 def stored(tensor: gs.Constant, folder: Path) -> Iterator[NDArray[np.uint8]]:
@@ -180,10 +186,23 @@ def stored(tensor: gs.Constant, folder: Path) -> Iterator[NDArray[np.uint8]]:
         yield np.frombuffer(values.tensor.raw_data, np.uint8)
     else:
         found = read(tensor, folder)
-        if type_number(found.dtype) in _BITS:
-            yield np.frombuffer(as_proto(tensor.name, found).raw_data, np.uint8)
-        else:
-            yield np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+        raw = np.ascontiguousarray(found).reshape(-1).view(np.uint8)
+        bits = _BITS.get(type_number(found.dtype), 8)
+        for start in range(0, len(raw), _PIECE):
+            yield raw[start:start + _PIECE] if bits == 8 else _packed(raw[start:start + _PIECE], bits)
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [n] in the low bits of a byte each -> [ceil(n / each)], `each` = 8 / bits of them in a byte.
+
+    The first is in the lowest bits; a last byte that isn't full ends in zeros.
+    """
+    each, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    packed = codes[::each] & mask
+    for place in range(1, each):
+        part = codes[place::each]
+        packed[:len(part)] |= (part & mask) << np.uint8(place * bits)
+    return packed
 
 
 def _copied(proto: onnx.TensorProto, folder: Path) -> Iterator[NDArray[np.uint8]]:

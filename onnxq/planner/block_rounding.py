@@ -36,8 +36,8 @@ def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None]) -> Non
 
 
 def by_data(graph: Graph, plan: Plan, by: Searching) -> None:
-    """Find those of layers by GPTQ on scales that keep the results of a block's products, where these are better on
-    data that they were not found on, and note them in the Plan.
+    """Find those of layers by GPTQ, where they keep results better on data that they were not found on, and note them
+    in the Plan.
 
     Layers that share what they read share a Hessian. What no Hessian is known of is left to the formula.
     """
@@ -83,8 +83,8 @@ def _rounded(values: Floats, how: Blocks, seen: Hessian, unseen: Hessian) -> tup
 
 
 def _searched(values: Floats, how: Blocks, hessian: Hessian) -> tuple[Array, QuantParams]:
-    tempered = rounding.damped(hessian, _DAMPING)
-    params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, "mse", hessian=tempered)
+    start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"  # measured: see README
+    params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, start)
     return rounding.gptq_refit(values, hessian, params, _DAMPING)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pytest
 from conftest import Opener, make_model, node, random, run
 
 from onnxq.graph import Graph, alone, cut, expose_codes, repeat, save, weight_bytes
@@ -80,6 +83,21 @@ def test_repeated_nodes_have_large_weights_of_their_own(opened: Opener, tmp_path
     for result in found.values():
         np.testing.assert_allclose(result, x @ wide + bias, rtol=1e-4, atol=1e-4)
     assert weight_bytes(graph) == 4 * (3 * 32 + 1) * 32  # the bias is small enough to be shared
+
+
+@pytest.mark.parametrize("kind", [ml_dtypes.int4, np.int8])
+def test_repeated_codes_stay_of_their_type(opened: Opener, tmp_path: Path, kind: Any) -> None:
+    codes = np.random.default_rng(0).integers(-8, 8, (64, 64)).astype(kind)
+    graph = opened(make_model([node("Add", "x w", "y")], {"x": [64, 64]}, {"y": [64, 64]}, {"w": random(64, 64)},
+                              opset=21, ir_version=10))
+    graph.add_cast("cast", graph.constant("q", codes), graph.variable("f", np.float32, (64, 64)))
+    graph.replace_input(graph.nodes[0], 1, graph.made("f"))
+    graph.sort()
+    repeat(graph, 2)
+    found = run(saved(graph, tmp_path), {"x": np.zeros((64, 64), np.float32)})
+    for result in found.values():
+        np.testing.assert_array_equal(result, codes.astype(np.float32))
+    assert weight_bytes(graph) == 2 * 64 * 64 // (2 if kind is ml_dtypes.int4 else 1)
 
 
 def test_one_operator_alone(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Opener, body, make_model, node, random, run
+from conftest import Opener, assert_same, body, make_model, node, random, run
 from onnx import TensorProto, numpy_helper
 
-from onnxq.graph import Graph, load, save
+from onnxq.graph import Graph, load, raise_opset, save, weight_bytes
 
 
 def added(sizes: list[int]) -> onnx.ModelProto:
@@ -167,3 +167,51 @@ def test_rows(tmp_path: Path, opened: Opener, outside: bool) -> None:
     for tensor in (stored, made, graph.constant("k", random(30, 40))):
         for start, stop in ((0, 30), (3, 17), (29, 99), (5, 5)):
             np.testing.assert_array_equal(graph.read_rows(tensor, start, stop), random(30, 40)[start:stop], strict=True)
+
+
+def test_many_files_in_folders(tmp_path: Path, opened: Opener) -> None:
+    """One file per weight, as PyTorch's exporter writes them: each is opened when it is read and not before."""
+    count = 300
+    names = [f"w{k}" for k in range(count)]
+    model = make_model([node("Add", f"{'x' if k == 0 else f'h{k - 1}'} w{k}", f"h{k}") for k in range(count)],
+                       {"x": [400]}, {f"h{count - 1}": [400]}, {n: random(400, seed=k) for k, n in enumerate(names)})
+    source = tmp_path / "in" / "m.onnx"
+    source.parent.mkdir()
+    wanted = run(model, {"x": random(400)})
+    for number, proto in enumerate(model.graph.initializer):
+        where = f"part{number % 7}/deep/{proto.name}.bin"
+        (source.parent / where).parent.mkdir(parents=True, exist_ok=True)
+        (source.parent / where).write_bytes(proto.raw_data)
+        proto.ClearField("raw_data")
+        proto.data_location = TensorProto.EXTERNAL
+        proto.external_data.add(key="location", value=where)
+    onnx.save(model, source)
+    graph = load(source)
+    for limit in (0, 10**9):
+        save(graph, tmp_path / "out.onnx", external_above=limit)
+        assert_same(run(tmp_path / "out.onnx", {"x": random(400)}), wanted)
+    held = [graph.read(n.inputs[1]) for n in graph.nodes]
+    assert len(held) == count
+    source.parent.rename(tmp_path / "moved")
+    np.testing.assert_array_equal(held[-1], random(400, seed=count - 1))  # what is mapped stays readable
+
+
+def test_beyond_two_gigabytes(tmp_path: Path) -> None:
+    """One weight of 5 GB in a file that is a hole but for its last row."""
+    rows, columns = 320, 1 << 24
+    with (tmp_path / "w.bin").open("wb") as file:
+        file.seek((rows - 1) * columns)
+        file.write(bytes([7]) * columns)
+    weight = TensorProto(name="w", data_type=TensorProto.UINT8, dims=[rows, columns],
+                         data_location=TensorProto.EXTERNAL)
+    weight.external_data.add(key="location", value="w.bin")
+    onnx.save(make_model([node("Gather", "w i", "y")], {"i": (TensorProto.INT64, [1])},
+                         {"y": (TensorProto.UINT8, [1, columns])}, {"w": weight}), tmp_path / "m.onnx")
+    graph = load(tmp_path / "m.onnx")
+    tensor = graph.nodes[0].inputs[0]
+    assert weight_bytes(graph) == rows * columns
+    assert (graph.read_rows(tensor, rows - 1, rows) == 7).all()
+    assert not graph.read_rows(tensor, rows - 2, rows - 1).any()
+    assert graph.read(tensor)[rows - 1, columns - 1] == 7
+    raised = raise_opset(graph, 21)
+    assert (raised.read_rows(raised.nodes[0].inputs[0], rows - 1, rows) == 7).all()

@@ -646,6 +646,18 @@ def test_near_duplicates_stay(leaves: Try, difference: str) -> None:
     assert skips == []
 
 
+def test_weights_that_differ_at_their_ends_are_not_read(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of gigabytes has many weights of each shape; of these, two have one end in common each."""
+    first, last, other = random(16, 16), random(16, 16), random(16, 16, seed=1)
+    first[1:], last[:15] = other[1:], other[:15]
+    graph = opened(make_model([node("MatMul", "x w1", "a"), node("MatMul", "a w2", "b"), node("MatMul", "b w3", "y")],
+                              {"x": [2, 16]}, {"y": [2, 16]}, {"w1": random(16, 16), "w2": first, "w3": last}))
+    read: list[str] = []
+    monkeypatch.setattr(type(graph), "read", lambda _, tensor: read.append(tensor.name))
+    assert apply(ShareDuplicates(), graph) == (False, [])
+    assert read == []
+
+
 def test_equal_bytes_of_other_types_stay(leaves: Try) -> None:
     """float8 of two kinds are no numpy type to the graph library, yet they are not alike."""
     kinds = ("FLOAT8E4M3FN", "FLOAT8E5M2")
