@@ -56,8 +56,11 @@ def make(wanted: Sequence[str], how: Calibration, spec: TensorSpec | None) -> di
 
 def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset, how: Calibration,
          options: SessionOptions, progress: Progress | None = None,
-         beside: Sequence[Mapping[str, Statistic | Halves]] = ()) -> None:
+         beside: Sequence[Mapping[str, Statistic | Halves]] = (), twin: Graph | None = None) -> None:
     """Fold named tensors of a graph into running statistics, and into those `beside`, batch by batch.
+
+    With a `twin`, another form of the graph, a tensor [.., K] comes as [.., 2 K]: as the twin makes it, and then as the
+    graph does.
 
     The graph runs fully optimized with the tensors as extra outputs; each batch is dropped behind it, so memory is that
     of one. `progress` gets the rows done so far. Positions that a fed attention_mask hides are left out of tensors
@@ -67,7 +70,9 @@ def fold(graph: Graph, running: Mapping[str, Statistic | Halves], data: Dataset,
     """
     everything = [running, *beside]
     wanted = [name for some in everything for name in some]
-    for batch, [found] in _runs([graph], [wanted], data, how, options, progress, "calibrate"):
+    graphs = [graph] if twin is None else [twin, graph]
+    for batch, made in _runs(graphs, [wanted] * len(graphs), data, how, options, progress, "calibrate"):
+        found = made[0] if twin is None else {name: np.concatenate([m[name] for m in made], -1) for name in wanted}
         for some in everything:  # in order: NaN is blamed on the first tensor that holds it
             for name, statistic in some.items():
                 for part, values, real in _parts(statistic, found[name], batch):

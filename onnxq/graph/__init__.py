@@ -1,6 +1,6 @@
 """The only importer of onnx and onnx-graphsurgeon."""
 
-from onnxq.graph.cut import alone, cut, expose_codes, repeat, weight_bytes
+from onnxq.graph.cut import alone, cut, expose_codes, repeat, up_to, weight_bytes
 from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.identity import identity
 from onnxq.graph.load import load, read_nodes, stored_bytes
@@ -23,5 +23,5 @@ from onnxq.graph.versions import raise_opset
 
 __all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Tensor", "alone", "cut", "dtype_of",
            "element_types", "expose_codes", "identity", "is_constant", "load", "narrow", "port_of", "raise_opset",
-           "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "type_number", "weight_bytes", "widen",
+           "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "type_number", "up_to", "weight_bytes", "widen",
            "widen_attribute"]

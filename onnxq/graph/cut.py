@@ -55,6 +55,15 @@ def cut(graph: Graph, names: Sequence[str], values: Mapping[str, Array]) -> Grap
     return Graph(ir, graph.folder, extras=extras)
 
 
+def up_to(graph: Graph, names: Sequence[str]) -> Graph:
+    """What computes the named tensors, as a graph of its own that shares the weights' storage."""
+    copy = graph.copy()
+    made = {t.name: t for n in copy.ir.nodes for t in n.outputs}
+    copy.ir.outputs = [made[name] for name in dict.fromkeys(names)]
+    copy.prune()
+    return copy
+
+
 def _typed(tensor: Tensor, values: Array | None) -> Tensor:
     if values is not None and dtype_of(tensor) is None:
         tensor.dtype = values.dtype

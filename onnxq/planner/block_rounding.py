@@ -2,71 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration import observer
-from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
+from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of, up_to
 from onnxq.numerics import affine, blocks, rounding
 from onnxq.numerics.affine import QuantParams
-from onnxq.numerics.sampling import View
+from onnxq.numerics.compensation import Drift
+from onnxq.passes.manager import Context
+from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.plan import Blocks, Plan
-from onnxq.planner.hessians import Halves, chunks
+from onnxq.planner.hessians import chunks
 from onnxq.planner.smoothing import Searching
 from onnxq.planner.weight_only import LINEAR, weight_of
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
-Hessian = npt.NDArray[np.float64]
 
 _WIDEST = 16384  # inputs of a layer: the work grows with the cube
-_BETTER = 1.0  # times the output error of the formula's codes, on the other half of the data
 _DAMPING = 0.01
+_WORK = 6e12  # products of weights and rows, for all runs of the model together: a minute on two cores
+_FEWEST = 4  # steps from the first layers to the last
 
 
-def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None]) -> None:
-    """Find the parameters and codes of all weights in blocks by their formula, and note them in the Plan."""
-    for done, (name, weight) in enumerate(_weights(graph, plan).items()):
+def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None] | None = None,
+               spared: Collection[str] = ()) -> None:
+    """Find the parameters and codes of all weights in blocks but those `spared`, and note them in the Plan."""
+    wanted = [(name, weight) for name, weight in _weights(graph, plan).items() if name not in spared]
+    for done, (name, weight) in enumerate(wanted):
         how = plan.blocks[name]
         _note(plan, name, *_formula(_inputs_first(graph, weight, how), how))
-        progress(done + 1)
+        if progress is not None:
+            progress(done + 1)
 
 
 def by_data(graph: Graph, plan: Plan, by: Searching) -> None:
-    """Find those of layers by GPTQ, where they keep results better on data that they were not found on, and note them
-    in the Plan.
+    """Find those of layers by GPTQ, where they keep results better on data that they were not found on.
 
-    Layers that share what they read share a Hessian. What no Hessian is known of is left to the formula.
+    From the first layers to the last, in steps: a layer's codes make up for what those before it are off by, so it is
+    observed with these quantized. More steps keep the model nearer to float and run it once more each; a model and data
+    that are small get a step for each tensor that layers read. Other weights are noted by their formula, and first.
     """
     tasks = _tasks(graph, plan)
-    for chunk in chunks({name: _inputs(layers[0]) for name, layers in tasks.items()}):
-        running = {name: Halves(View(), _as_it_is, by.alike) for name in chunk}
-        observer.fold(graph, {}, by.data, by.how, by.options, by.progress, [running])
-        for name in chunk:
-            seen, unseen = (half.hessian.result() for half in running.pop(name).halves)
-            for node in tasks[name] if len(seen) and len(unseen) else ():
-                weight = weight_of(node)
-                how = plan.blocks[weight.name]
-                found = _rounded(_inputs_first(graph, weight, how), how, seen, unseen)
-                if found is not None:
-                    _note(plan, weight.name, *found)
+    by_formula(graph, plan, spared={weight_of(node).name for layers in tasks.values() for node in layers})
+    left, size = list(tasks), 1
+    while left:
+        step = chunks({name: _inputs(tasks[name][0]) for name in left[:size]})[0]
+        rows = _step(graph, plan, {name: tasks[name] for name in step}, by)
+        if len(left) == len(tasks):
+            size = _size(graph, plan, len(tasks), rows)
+        left = left[len(step):]
 
 
-def _as_it_is(x: Floats) -> Floats:
-    return x
+def _size(graph: Graph, plan: Plan, count: int, rows: int) -> int:
+    """How many tensors a step is for, of `count`."""
+    weights = sum(int(np.prod([int(d or 0) for d in shape_of(t) or ()])) for t in _weights(graph, plan).values())
+    steps = max(_WORK / (2.0 * max(rows * weights, 1)), min(_FEWEST, count))
+    return max(round(count / steps), 1)
+
+
+def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching) -> int:
+    """Round the layers that read some tensors; gives the rows that were seen of the first of these."""
+    running = {name: _Halves(by.alike) for name in tasks}
+    whole = up_to(graph, list(tasks))
+    observer.fold(whole, {}, by.data, by.how, by.options, by.progress, [running], _quantized(whole, plan))
+    rows = next(sum(half.drift.count for half in one.halves) for one in running.values())
+    for name, layers in tasks.items():
+        seen, unseen = (half.drift for half in running.pop(name).halves)
+        for node in layers if seen.count and unseen.count else ():
+            weight = weight_of(node)
+            how = plan.blocks[weight.name]
+            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen))
+    done = {weight_of(node).name for layers in tasks.values() for node in layers}
+    by_formula(graph, plan, spared=plan.blocks.keys() - done)  # of what no rows were seen
+    return rows
+
+
+def _quantized(graph: Graph, plan: Plan) -> Graph:
+    """A copy with the weights that are known by now as their codes say."""
+    copy = graph.copy()
+    known = {name: v for name, v in plan.nodes.items() if v.weight in plan.rounded}
+    StoreBlocks().run(copy, Context(plan=replace(plan, nodes=known)))
+    return copy
+
+
+class _Half:
+    """What layers read of one half of the data, quantized so far and in float.
+
+    `alike`: rows larger than the median of a batch count as if they had its size (see planner.hessians).
+    """
+
+    def __init__(self, alike: bool) -> None:
+        self.alike, self.drift = alike, Drift()
+
+    def update(self, x: Floats) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
+        inputs = rows.shape[1] // 2
+        if self.alike:
+            sizes = np.linalg.norm(rows[:, :inputs], axis=1, keepdims=True)
+            rows = rows / np.maximum(sizes, max(float(np.median(sizes)), 1e-30))
+        self.drift.update(rows[:, :inputs], rows[:, inputs:])
+
+
+class _Halves:
+    def __init__(self, alike: bool) -> None:
+        self.halves = _Half(alike), _Half(alike)
 
 
 def _tasks(graph: Graph, plan: Plan) -> dict[str, list[Node]]:
-    """Computed tensor -> the layers that read it and have weights in blocks for themselves."""
+    """Computed tensor -> the layers that read it and have weights in blocks for themselves, in execution order."""
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op not in LINEAR or node.domain or weight_of(node).name not in plan.blocks:
             continue
         alone = {n.name for n in graph.consumers(weight_of(node))} == {node.name}
-        if alone and _inputs(node) <= _WIDEST and not is_constant(node.inputs[0]):
+        computed = graph.producer(node.inputs[0]) is not None
+        if alone and computed and _inputs(node) <= _WIDEST:
             found.setdefault(node.inputs[0].name, []).append(node)
     return found
 
@@ -75,17 +133,24 @@ def _inputs(node: Node) -> int:
     return int((shape_of(weight_of(node)) or (0,))[0] or 0)
 
 
-def _rounded(values: Floats, how: Blocks, seen: Hessian, unseen: Hessian) -> tuple[Array, QuantParams] | None:
-    """(codes, parameters) by what the layer reads; None where the formula's do as well on what was not seen."""
+def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift) -> tuple[Array, QuantParams]:
+    """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen."""
     plain, tried = _formula(values, how), _searched(values, how, seen)
-    before, after = (rounding.output_error(values, codes, params, unseen).sum() for codes, params in (plain, tried))
-    return _searched(values, how, seen + unseen) if after < _BETTER * before else None
+    aim, hessian = unseen.target(values, _DAMPING), unseen.hessian()
+    before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plain, tried))
+    if not after < before:
+        return plain
+    both = Drift()
+    both.merge(seen)
+    both.merge(unseen)
+    return _searched(values, how, both)
 
 
-def _searched(values: Floats, how: Blocks, hessian: Hessian) -> tuple[Array, QuantParams]:
-    start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"  # measured: see README
-    params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, start)
-    return rounding.gptq_refit(values, hessian, params, _DAMPING)
+def _searched(values: Floats, how: Blocks, drift: Drift) -> tuple[Array, QuantParams]:
+    start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"
+    aim = drift.target(values, _DAMPING)
+    params = blocks.choose(aim, how.dtype, how.block_size, how.symmetric, start)
+    return rounding.gptq_refit(aim, drift.hessian(), params, _DAMPING)
 
 
 def _weights(graph: Graph, plan: Plan) -> dict[str, Tensor]:

@@ -1,0 +1,68 @@
+"""Weights that make up for what a layer reads being off: its input carries the errors of the layers before it.
+
+A layer y = x w, x [R, K], w [K, N], will read a in place of x once those layers are quantized. The weights t for which
+a t is nearest to x w are what its codes should stand for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxq.numerics.rounding import CHUNK, Floats, Hessian
+
+
+class Drift:
+    """Running sums a^T a (`own`) and a^T x (`cross`), float64 [K, K], over rows a and x [R, K]."""
+
+    def __init__(self) -> None:
+        self._own = Hessian()
+        self._cross: Floats = np.zeros((0, 0))
+
+    @property
+    def count(self) -> int:
+        """The rows seen."""
+        return self._own.count
+
+    def update(self, a: npt.NDArray[Any], x: npt.NDArray[Any]) -> None:
+        """Fold in rows; products are summed in float32 over at most CHUNK of them. ValueError as for Hessian."""
+        if a.shape != x.shape:
+            raise ValueError(f"rows {list(a.shape)} and {list(x.shape)} don't pair; pass the same rows of both")
+        self._own.update(a)
+        if not self._cross.size:
+            self._cross = np.zeros((a.shape[-1], a.shape[-1]))
+        for first in range(0, len(a), CHUNK):
+            self._cross += a[first:first + CHUNK].T @ x[first:first + CHUNK]
+
+    def merge(self, other: Drift) -> None:
+        """Fold in everything that `other` has seen."""
+        self._own.merge(other._own)
+        self._cross = self._cross + other._cross if self._cross.size and other._cross.size else (
+            self._cross if self._cross.size else other._cross)
+
+    def hessian(self) -> Floats:
+        """a^T a, [K, K]."""
+        return self._own.result()
+
+    def target(self, w: npt.NDArray[np.float32], damping: float) -> npt.NDArray[np.float32]:
+        """t float32 [K, N], which minimises |a t - x w|^2 + damping * mean(diag(a^T a)) * |t - w|^2.
+
+        Inputs that were always 0 keep their weights. Source: ridge regression about w; as the target of GPTQ,
+        asymmetric calibration (arXiv 2504.02692).
+        """
+        own = self._own.result()
+        diagonal = own.diagonal()
+        live = np.flatnonzero(diagonal > 0)
+        if not live.size:
+            return w
+        part = own[np.ix_(live, live)]
+        ridge = damping * float(diagonal[live].mean())
+        wanted = w[live].astype(np.float64)
+        # of what has to change: t = w + (a^T a + ridge)^-1 (a^T x - a^T a) w
+        change = np.linalg.solve(part + ridge * np.eye(live.size),
+                                 (self._cross - own)[np.ix_(live, live)] @ wanted)
+        found = np.array(w, np.float32)
+        found[live] += change.astype(np.float32)
+        return found
