@@ -12,10 +12,10 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from onnxq import verification
+from onnxq import sizes, streaming, verification
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.calibration.shapes import resized
-from onnxq.errors import DataError, GraphError, ModelError, OutputError, UsageError
+from onnxq.errors import DataError, GraphError, ModelError, OutputError
 from onnxq.explanation import codes
 from onnxq.graph import Graph, Node, load, raise_opset, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
@@ -35,7 +35,7 @@ from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size
-from onnxq.request import AUTO, FORMATS, OBJECTIVES, Request, check, resolve
+from onnxq.request import AUTO, Request, check, check_words, resolve
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment, kernel_environment
 from onnxq.runtime.session import Session, SessionOptions
@@ -56,7 +56,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
             objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
-            dump: str | Path | None = None, dump_after: str | None = None,
+            dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
@@ -69,8 +69,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
     `objective` balanced, latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or
     integers. `measure` False takes the target's tables instead. `fallback` is how many layers stay float, those that
-    calibration finds the most sensitive. Raises UsageError for a wrong call and the other OnnxqErrors for unusable
-    input.
+    calibration finds the most sensitive. `max_memory` ("2GB", or bytes) is what a weight-only scheme may use: a model
+    that takes more is compiled weight by weight, without being run. Raises UsageError for a wrong call and the other
+    OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if saved is not None and scheme == AUTO and recipe is None:
@@ -83,9 +84,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     here = target_here(target)
     if format == "qdq":  # for other runtimes, too: standard operators alone
         here = replace(here, fused=frozenset())
-    for what, value, known in (("format", format, FORMATS), ("objective", objective, OBJECTIVES)):
-        if value not in known:
-            raise UsageError(f"there is no {what} {value!r}; use one of {', '.join(known)}")
+    check_words(format, objective)
     coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
         model, destination, chosen, here, SessionOptions(here.provider, threads),
@@ -94,7 +93,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         Path(dump) if dump is not None else None, dump_after,
         replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None, saved,
         Path(save_plan) if save_plan is not None else None, objective,
-        {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in (shapes or {}).items()})
+        {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in (shapes or {}).items()},
+        sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
     check(request, force)
     with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
         return _Compilation(request, progress or Silent()).run()
@@ -124,6 +124,9 @@ class _Compilation:
             scored = evaluation or calib
             if scored is not None:
                 verification.check_labels(request.goal, scored)
+        if streaming.too_large(request, graph):
+            self._stream(graph)
+            return self.report
         feeds, source = self._canonicalize(graph, evaluation or calib)
         self.planning = self._planning(graph, calib, self.recipe)
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
@@ -138,8 +141,32 @@ class _Compilation:
             self._verify(compiled, twin, feeds, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
-            if request.save_plan is not None:
-                self.context.plan.save(request.save_plan)
+        self._finish()
+        return self.report
+
+    def _stream(self, graph: Graph) -> None:
+        """Compile a model that is too large to run, with no more than one of its weights in memory."""
+        removals = Removals(graph)
+        with self.stage("canonicalize"):
+            self._passes(canonicalize(), graph, removals)
+        self.removed = verification.removed_rows(removals)
+        self.planning = self._planning(graph, None, self.recipe)
+        self.context.plan = self.planning.plan() if self.request.plan is None else self.planning.replay(
+            self.request.plan)
+        with self.stage("rewrite"):
+            compiled = self._write(None, None)
+        with self.stage("save"):
+            streaming.saved(compiled, self.request, self.progress)
+        with self.stage("verify"):
+            self.report.nodes = [verification.row(node) for node in self.context.plan.nodes.values()]
+            streaming.verified(graph, self.context.plan, self.request, self.report.verdict)
+        self._finish()
+
+    def _finish(self) -> None:
+        """What a report says once the result is written."""
+        request = self.request
+        if request.save_plan is not None:
+            self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
         planned = self.planning.graph_for(self.context.plan)
@@ -148,7 +175,6 @@ class _Compilation:
         for row in self.report.nodes:
             row.times = self.prices.of(row.name) if self.prices is not None else {}
         self.report.nodes += self.removed
-        return self.report
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         return verification.stage(self.report, self.progress, name)
@@ -250,21 +276,23 @@ class _Compilation:
 
     # -------------------------------------------------------------- rewrite
 
-    def _write(self, compiled: Path, twin: Path) -> Graph:
-        """Write the model that the Plan makes, and its QDQ form."""
+    def _write(self, compiled: Path | None, twin: Path | None) -> Graph:
+        """The model that the Plan makes, written beside its QDQ form where there are paths for them."""
         graph = self.planning.base.copy()
         self._passes([Smooth()], graph)
         self.made |= {n.name: _results(graph, n) for n in graph.nodes}
         self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:
             self._passes(quantize(), graph)
-            save(graph, twin)
+            if twin is not None:
+                save(graph, twin)
         self._passes(lower(self.request.format), graph)
         graph = self._packed(graph)
         graph.metadata.update({
             "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
             "onnxq.plan": self.context.plan.digest()})
-        save(graph, compiled)
+        if compiled is not None:
+            save(graph, compiled)
         return graph
 
     def _packed(self, graph: Graph) -> Graph:

@@ -35,7 +35,8 @@ class Request:
 
     `alternative` is a second recipe to try, which is taken when its result is clearly faster. `plan` is replayed as it
     is, and what was decided is saved into the folder `save_plan`. `objective` is what equally fast choices go by;
-    `shapes` gives free axes the sizes to time with (several: all of them, each alike).
+    `shapes` gives free axes the sizes to time with (several: all of them, each alike). `max_memory` is the bytes that
+    may be used; a model that does not run within them is compiled weight by weight.
     """
 
     model: Path
@@ -55,6 +56,7 @@ class Request:
     save_plan: Path | None = None
     objective: str = "balanced"
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    max_memory: int | None = None
 
 
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
@@ -84,6 +86,13 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
+
+
+def check_words(output_format: str, objective: str) -> None:
+    """Refuse a format or an objective that is not known. Raises UsageError."""
+    for what, value, known in (("format", output_format, FORMATS), ("objective", objective, OBJECTIVES)):
+        if value not in known:
+            raise UsageError(f"there is no {what} {value!r}; use one of {', '.join(known)}")
 
 
 def check(request: Request, force: bool) -> None:

@@ -67,6 +67,9 @@ from onnxq.targets import TARGETS
 @click.option("--no-measure", is_flag=True,
               help="Keep the plan's choice without timing it: for reproducible builds, or a machine that is not the "
                    "target.")
+@click.option("--max-memory", metavar="SIZE",
+              help="Compile a model that takes more than this to run, e.g. 2GB, one weight at a time and without "
+                   "running it (weight-only schemes).  [default: 80 % of the machine's]")
 @click.option("--save-plan", metavar="DIR", help="Write what was decided into this folder: plan.json and plan.npz.")
 @click.option("--plan", metavar="DIR", help="Replay a saved plan: the same bytes again, without data.")
 @json_option
@@ -89,6 +92,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
       onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
+      onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
     """
     from onnxq import compiler, request

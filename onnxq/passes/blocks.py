@@ -72,20 +72,27 @@ def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]
     assert form is not None
 
     def compute() -> list[Array]:
+        how = plan.blocks.get(weight.name)
+        values = graph.read(weight) if how is not None else np.empty((0, 0))
+        if how is not None and not (form.axis and values.shape[1] % form.block_size):  # in one go, as it is saved
+            values = _inputs_first(values, form.axis)
+            blobs, scales, zeros = blocks.quantize_packed(values, how.dtype, how.block_size, how.symmetric, how.search)
+            blobs = blobs.reshape(len(blobs), -1) if form.axis else blobs  # rows of a table are blocks one by one
+            zeros = _default(scales, how.dtype) if zeros is None else zeros
+            return [blobs, scales] if how.symmetric else [blobs, scales, zeros]
         codes, params = coded(graph, weight, plan)()
         found = packing.pack_gather(codes.T, _by_rows(params)) if form.axis else packing.pack_matmul(codes, params)
         if form.dtype.signed:
             return list(found[:2])
         zeros = packing.pack_zero_points(packing.stored(params.zero_point.T, params.dtype), params.dtype.bits)
-        return [*found[:2], _default(params) if zeros is None else zeros]
+        return [*found[:2], _default(found[1], params.dtype) if zeros is None else zeros]
 
     return compute
 
 
-def _default(params: QuantParams) -> Array:
-    """Zero points that are all those that kernels take for granted, written out."""
-    stored = np.full(params.scale.T.shape, 2 ** (params.dtype.bits - 1), np.uint8)
-    return packing.pack_bits(stored, params.dtype.bits)
+def _default(scales: Array, dtype: DType) -> Array:
+    """Zero points for scales [N, nb] that are all those that kernels take for granted, written out."""
+    return packing.pack_bits(np.full(scales.shape, 2 ** (dtype.bits - 1), np.uint8), dtype.bits)
 
 
 def _by_rows(params: QuantParams) -> QuantParams:
