@@ -68,7 +68,7 @@ def _size(graph: Graph, plan: Plan, count: int, rows: int) -> int:
 
 def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching) -> int:
     """Round the layers that read some tensors; gives the rows that were seen of the first of these."""
-    running = {name: _Halves(by.alike) for name in tasks}
+    running = {name: _Halves() for name in tasks}
     whole = up_to(graph, list(tasks))
     observer.fold(whole, {}, by.data, by.how, by.options, by.progress, [running], _quantized(whole, plan))
     rows = next(sum(half.drift.count for half in one.halves) for one in running.values())
@@ -92,28 +92,21 @@ def _quantized(graph: Graph, plan: Plan) -> Graph:
 
 
 class _Half:
-    """What layers read of one half of the data, quantized so far and in float.
+    """What layers read of one half of the data, quantized so far and in float."""
 
-    `alike`: rows larger than the median of a batch count as if they had its size (see planner.hessians).
-    """
-
-    def __init__(self, alike: bool) -> None:
-        self.alike, self.drift = alike, Drift()
+    def __init__(self) -> None:
+        self.drift = Drift()
 
     def update(self, x: Floats) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if not len(rows):
-            return
-        inputs = rows.shape[1] // 2
-        if self.alike:
-            sizes = np.linalg.norm(rows[:, :inputs], axis=1, keepdims=True)
-            rows = rows / np.maximum(sizes, max(float(np.median(sizes)), 1e-30))
-        self.drift.update(rows[:, :inputs], rows[:, inputs:])
+        """Fold in one batch [.., 2 K]."""
+        rows, inputs = x.reshape(-1, x.shape[-1]), x.shape[-1] // 2
+        if len(rows):
+            self.drift.update(rows[:, :inputs], rows[:, inputs:])
 
 
 class _Halves:
-    def __init__(self, alike: bool) -> None:
-        self.halves = _Half(alike), _Half(alike)
+    def __init__(self) -> None:
+        self.halves = _Half(), _Half()
 
 
 def _tasks(graph: Graph, plan: Plan) -> dict[str, list[Node]]:
