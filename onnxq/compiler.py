@@ -42,6 +42,7 @@ from onnxq.runtime.session import Session, SessionOptions
 from onnxq.runtime.timings import TimingCache
 from onnxq.schemes import scheme as named_scheme
 from onnxq.settling import Settling
+from onnxq.spool import Spool
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -129,6 +130,7 @@ class _Compilation:
             return self.report
         feeds, source = self._canonicalize(graph, evaluation or calib)
         self.planning = self._planning(graph, calib, self.recipe)
+        spool = self.planning.spool = Spool(request.output.with_name(f"{request.output.name}.partial"))
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             compiled, twin = Path(folder) / "compiled.onnx", Path(folder) / "twin.onnx"
             if graph.half or self.removed:
@@ -141,6 +143,7 @@ class _Compilation:
             self._verify(compiled, twin, feeds, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
+        spool.remove()
         self._finish()
         return self.report
 

@@ -31,6 +31,7 @@ from onnxq.planner.smoothing import Searching, Smoothed
 from onnxq.progress import Progress
 from onnxq.recipe import SQNR, Fallback, Recipe
 from onnxq.runtime.session import SessionOptions
+from onnxq.spool import Spool
 from onnxq.targets import Target
 
 NOTHING = Measured()
@@ -54,6 +55,7 @@ class Planning:
         self.floors = False  # whether floors under masked scores pay
         self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
         self.notices: list[str] = []
+        self.spool: Spool | None = None  # of results of long work
 
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
@@ -197,7 +199,7 @@ class Planning:
             if self.calib is not None and self.recipe.rounding != "nearest":
                 self._start(self.recipe.calibration.samples)
                 self.used_data = True
-                block_rounding.by_data(graph, plan, self._by())
+                block_rounding.by_data(graph, plan, self._by(), self.spool)
             self.progress.total(len(plan.blocks))
             block_rounding.by_formula(graph, plan, self.progress.step)
 

@@ -38,8 +38,8 @@ ROOMS: dict[str, set[str] | None] = {
     "passes": {"graph", "numerics", "plan", "recipe", "schemes", "spool", "targets"},
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "schemes", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "schemes", "runtime", "plugins"},
-    "planner": {"calibration", "graph", "numerics", "passes", "plan", "ports", "recipe", "schemes", "runtime", "spool",
-                "targets"},
+    "planner": {"calibration", "graph", "numerics", "passes", "plain", "plan", "ports", "recipe", "runtime", "schemes",
+                "spool", "targets", "version"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

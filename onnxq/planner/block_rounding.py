@@ -10,16 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration import observer
-from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of, up_to
+from onnxq.graph import Graph, Node, Tensor, identity, is_constant, shape_of, up_to
 from onnxq.numerics import affine, blocks, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.compensation import Drift
 from onnxq.passes.manager import Context
 from onnxq.passes.quantize.blocks import StoreBlocks
+from onnxq.plain import plain
 from onnxq.plan import Blocks, Plan
 from onnxq.planner.hessians import chunks
 from onnxq.planner.smoothing import Searching
 from onnxq.planner.weight_only import LINEAR, weight_of
+from onnxq.spool import Spool, digest
+from onnxq.version import VERSION
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -41,22 +44,62 @@ def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None] | None 
             progress(done + 1)
 
 
-def by_data(graph: Graph, plan: Plan, by: Searching) -> None:
+def by_data(graph: Graph, plan: Plan, by: Searching, spool: Spool | None = None) -> None:
     """Find those of layers by GPTQ, where they keep results better on data that they were not found on.
 
-    From the first layers to the last, in steps: a layer's codes make up for what those before it are off by, so it is
-    observed with these quantized. More steps keep the model nearer to float and run it once more each; a model and data
-    that are small get a step for each tensor that layers read. Other weights are noted by their formula, and first.
+    From the first layers to the last, in steps: layers are observed with those of the steps before quantized, and the
+    codes of a step's first layers make up for what these are off by. (Later ones of the step would make up for it once
+    more.) More steps keep the model nearer to float and run it once more each; a model and data that are small get a
+    step for each tensor that layers read. Other weights are noted by their formula, and first. What is done goes into
+    the `spool`, where an interrupted run goes on.
     """
     tasks = _tasks(graph, plan)
     by_formula(graph, plan, spared={weight_of(node).name for layers in tasks.values() for node in layers})
-    left, size = list(tasks), 1
+    left, size, key = list(tasks), 1, _beginning(graph, plan, by) if spool is not None else ""
     while left:
-        step = chunks({name: _inputs(tasks[name][0]) for name in left[:size]})[0]
-        rows = _step(graph, plan, {name: tasks[name] for name in step}, by)
+        step = {name: tasks[name] for name in chunks({name: _inputs(tasks[name][0]) for name in left[:size]})[0]}
+        key = digest(key, list(step)) if spool is not None else ""
+        rows = _known(plan, step, spool, key)
+        if rows is None:
+            rows = _step(graph, plan, step, by)
+            _keep(plan, step, spool, key, rows)
         if len(left) == len(tasks):
             size = _size(graph, plan, len(tasks), rows)
         left = left[len(step):]
+
+
+def _beginning(graph: Graph, plan: Plan, by: Searching) -> str:
+    """What results depend on: the first rows of the data stand for all, samples of weights for these."""
+    weights = [(name, identity(graph, t), vars(plan.blocks[name]) | {"dtype": plan.blocks[name].dtype.name})
+               for name, t in _weights(graph, plan).items()]
+    first = next(iter(by.data.batches(1)), None)
+    return digest(VERSION, by.data.name, by.data.rows or 0, dict(first.feed) if first is not None else {},
+                  plain(by.how), weights, *plan.rounded.values())
+
+
+def _known(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str) -> int | None:
+    """Note what an earlier run found in this step; the rows that it saw, or None where there was none."""
+    kept = spool.get(key) if spool is not None else None
+    if kept is None:
+        return None
+    for node in (node for layers in tasks.values() for node in layers):
+        name = weight_of(node).name
+        how = plan.blocks[name]
+        params = QuantParams(np.asarray(kept[f"{name}/scale"]), np.asarray(kept[f"{name}/zero_point"]), how.dtype, 0,
+                             how.block_size)
+        _note(plan, name, np.asarray(kept[f"{name}/codes"]), params)
+    return int(kept["rows"])
+
+
+def _keep(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str, rows: int) -> None:
+    if spool is None:
+        return
+    arrays: dict[str, Array] = {"rows": np.asarray(rows)}
+    for name in (weight_of(node).name for layers in tasks.values() for node in layers):
+        params = plan.weights[name]
+        arrays |= {f"{name}/codes": plan.rounded[name], f"{name}/scale": params.scale,
+                   f"{name}/zero_point": params.zero_point}
+    spool.put(key, arrays)
 
 
 def _size(graph: Graph, plan: Plan, count: int, rows: int) -> int:
@@ -72,12 +115,12 @@ def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching)
     whole = up_to(graph, list(tasks))
     observer.fold(whole, {}, by.data, by.how, by.options, by.progress, [running], _quantized(whole, plan))
     rows = next(sum(half.drift.count for half in one.halves) for one in running.values())
-    for name, layers in tasks.items():
+    for number, (name, layers) in enumerate(tasks.items()):
         seen, unseen = (half.drift for half in running.pop(name).halves)
         for node in layers if seen.count and unseen.count else ():
             weight = weight_of(node)
             how = plan.blocks[weight.name]
-            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen))
+            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen, number == 0))
     done = {weight_of(node).name for layers in tasks.values() for node in layers}
     by_formula(graph, plan, spared=plan.blocks.keys() - done)  # of what no rows were seen
     return rows
@@ -126,22 +169,28 @@ def _inputs(node: Node) -> int:
     return int((shape_of(weight_of(node)) or (0,))[0] or 0)
 
 
-def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift) -> tuple[Array, QuantParams]:
-    """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen."""
-    plain, tried = _formula(values, how), _searched(values, how, seen)
-    aim, hessian = unseen.target(values, _DAMPING), unseen.hessian()
+def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift, first: bool) -> tuple[Array, QuantParams]:
+    """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen.
+
+    `first`: whether they make up for what the layers before are off by."""
+    plain, tried = _formula(values, how), _searched(values, how, seen, first)
+    aim, hessian = _aim(values, unseen, first), unseen.hessian()
     before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plain, tried))
     if not after < before:
         return plain
     both = Drift()
     both.merge(seen)
     both.merge(unseen)
-    return _searched(values, how, both)
+    return _searched(values, how, both, first)
 
 
-def _searched(values: Floats, how: Blocks, drift: Drift) -> tuple[Array, QuantParams]:
+def _aim(values: Floats, drift: Drift, first: bool) -> Floats:
+    return drift.target(values, _DAMPING) if first else values
+
+
+def _searched(values: Floats, how: Blocks, drift: Drift, first: bool) -> tuple[Array, QuantParams]:
     start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"
-    aim = drift.target(values, _DAMPING)
+    aim = _aim(values, drift, first)
     params = blocks.choose(aim, how.dtype, how.block_size, how.symmetric, start)
     return rounding.gptq_refit(aim, drift.hessian(), params, _DAMPING)
 
