@@ -285,7 +285,7 @@ class _Outliner:
             reason = self._allowed(node)
             if reason is None and node.op in weight_only.LINEAR:
                 reason = weighted(self.graph, node)
-            self.reasons[node.name] = reason or "its weights are too small to gain from fewer bits"
+            self.reasons[node.name] = reason or weight_only.left(self.graph, node)
             found.nodes[node.name] = self._float_verdict(node)
         self._bodies(found)
         return found

@@ -128,6 +128,21 @@ def _no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
     return NO_INT8_KERNEL if slow and node.op in LINEAR else None
 
 
+def left(graph: Graph, node: Node) -> str:
+    """Why a layer or look-up stays float unless `choose` gives it blocks."""
+    weight = weight_of(node)
+    if not is_constant(weight):
+        return "what it looks up is computed at run time"
+    rows, columns = ([int(d or 0) for d in shape_of(weight) or ()] + [0, 0])[:2]
+    if node.op == "Gather" and (len(shape_of(weight) or ()) != 2 or int(node.attrs.get("axis", 0)) != 0):
+        return "only rows of a matrix are looked up in blocks"
+    if rows * columns < (_LEAST_TABLE if node.op == "Gather" else _LEAST):
+        return "its weights are too small to gain from fewer bits"
+    if graph.is_output(weight) or len(graph.consumers(weight)) > 1:
+        return "its weights are read as floats elsewhere, or along another axis: the file would hold them twice"
+    return f"the model has a tensor of the name that a part of {weight.name!r} would take"
+
+
 def _unfused(graph: Graph, schemes: Mapping[str, Scheme]) -> dict[str, str]:
     """Node -> why the runtime would not fuse it with a DequantizeLinear of its weight, which would run each time."""
     found: dict[str, str] = {}
