@@ -27,7 +27,7 @@ from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import GIVEN, Plan
-from onnxq.planner import masks, smoothing
+from onnxq.planner import masks, rules, smoothing, weight_only
 from onnxq.planner.pricing import Prices
 from onnxq.planner.rewriting import keep_faster
 from onnxq.planning import Planning
@@ -84,7 +84,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
     if format == "qdq":  # for other runtimes, too: standard operators alone
-        here = replace(here, fused=frozenset())
+        here = replace(here, fused=frozenset(), portable=True)
     check_words(format, objective)
     coarser = scheme == AUTO and recipe is None and calib is None and measure
     request = Request(
@@ -129,6 +129,7 @@ class _Compilation:
             self._stream(graph)
             return self.report
         feeds, source = self._canonicalize(graph, evaluation or calib)
+        graph = self._for_blocks(graph)
         self.planning = self._planning(graph, calib, self.recipe)
         spool = self.planning.spool = Spool(request.output.with_name(f"{request.output.name}.partial"))
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
@@ -220,6 +221,16 @@ class _Compilation:
         self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.removed = verification.removed_rows(removals)
         return feeds, source
+
+    def _for_blocks(self, graph: Graph) -> Graph:
+        """The graph in a version of ONNX whose DequantizeLinear takes blocks, where such are to be written."""
+        if not (self.request.target.portable and self.recipe.scheme.is_weight_only):
+            return graph
+        try:
+            return raise_opset(graph, weight_only.opset(graph, rules.schemes(graph, self.recipe)))
+        except GraphError as e:
+            self.report.verdict.notices.append(f"weights in blocks are decoded as the model is loaded: {e}")
+            return graph
 
     def _planning(self, graph: Graph, calib: Dataset | None, recipe: Recipe) -> Planning:
         request = self.request

@@ -11,6 +11,7 @@ import numpy as np
 from onnxq import verification
 from onnxq.explanation import codes
 from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
+from onnxq.numerics import dtypes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager
 from onnxq.plan import NodePlan
@@ -61,8 +62,14 @@ def _weights(graph: Graph) -> dict[str, tuple[str, int]]:
             if is_constant(tensor):
                 dtype = dtype_of(tensor)
                 count = int(np.prod([int(d or 0) for d in shape_of(tensor) or ()], dtype=np.int64))
-                found[tensor.name] = (str(dtype), count * (dtype.itemsize if dtype is not None else 1))
+                found[tensor.name] = (str(dtype), -(-count * _bits(dtype) // 8))
     return found
+
+
+def _bits(dtype: np.dtype[Any] | None) -> int:
+    """Of an element in the file, where several of less than 8 share a byte."""
+    known = next((d.bits for d in dtypes.ALL if d.name == str(dtype)), None)
+    return known or (8 * dtype.itemsize if dtype is not None else 8)
 
 
 def _int8_share(nodes: dict[str, NodePlan], weights: dict[str, tuple[str, int]]) -> float:

@@ -238,14 +238,15 @@ def _kernels(plan: Plan, ran: Sequence[Executed], outputs: Mapping[str, tuple[st
     """The executed node of each planned one: by a weight that it alone reads, else by what it makes.
 
     The weight is the surer sign: the runtime may put a Reshape behind its kernel, which then makes the result. What a
-    fenced node makes is called `unfenced`.
+    fenced node makes is called `unfenced`; the runtime appends _T to blocks that it brings into its kernel's order.
     """
     uses = Counter(n.weight for n in plan.quantized())
     float_results = {name: tuple(f"{t}{end}" for end in (".unfenced", "") for t in made)
                      for name, made in outputs.items()}
     makes = [Planned(n.node, tuple(t for t in (n.result, f"{n.result}.q") if t) if n.is_int else
                      float_results.get(n.node, ()), ()) for n in plan.nodes.values()]
-    reads = [Planned(n.node, (), (f"{n.weight}.q", f"{n.weight}.q.wide", f"{n.weight}.blocks"))
+    reads = [Planned(n.node, (), (f"{n.weight}.q", f"{n.weight}.q.wide", f"{n.weight}.blocks",
+                                 f"{n.weight}.blocks_T"))
              for n in plan.quantized() if n.weight and uses[n.weight] == 1]
     return {**match(makes, ran), **{name: kernel for name, kernel in match(reads, ran).items() if kernel is not None}}
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.numerics import packing
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
 from onnxq.passes.quantize.per_token import ONE
@@ -25,6 +26,7 @@ _READS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "DequantizeLinear": ((0, 1, 2),),
     "DynamicQuantizeLSTM": ((1, 8, 9), (2, 10, 11)),
     "DynamicQuantizeMatMul": ((1, 2, 3),),
+    "GatherBlockQuantized": ((0, 2, 3),),
     "MatMulIntegerToFloat": ((0, 2, 4), (1, 3, 5)),
     "MatMulNBits": ((1, 2, 3),),
     "QAttention": ((0, 3, 6), (1, 4, 7)),
@@ -54,6 +56,8 @@ _MAKES: dict[str, tuple[int, int]] = {
     "QLinearSoftmax": (3, 4),
     "QuantizeLinear": (1, 2),
 }
+# operators whose codes and zero points are packed, several to a byte
+_PACKED = frozenset({"GatherBlockQuantized", "MatMulNBits"})
 # operators that hand codes on as they are
 _MOVES = frozenset({
     "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "SpaceToDepth", "Split",
@@ -195,21 +199,46 @@ def stored(graph: Graph) -> dict[str, Encoding]:
 def _decoded(graph: Graph, node: Node) -> dict[str, Encoding]:
     """How the codes in Mul(Cast(codes), scale), and the product itself, are encoded; rows of a table, too.
 
-    This is how weights are stored for operators that compute in float (see passes.quantize.stored).
+    This is how weights are stored for operators that compute in float (see passes.quantize.stored); where the product
+    is reshaped, those in blocks, from which a Sub may take zero points (see passes.quantize.blocks).
     """
     for k, tensor in enumerate(node.inputs):
-        cast = graph.producer(tensor)
-        if cast is None or cast.op != "Cast" or not given.decodes(graph, tensor):
+        cast, zeros = graph.producer(tensor), None
+        if cast is not None and cast.op == "Sub":
+            zeros, cast = cast.inputs[1], graph.producer(cast.inputs[0])
+        if cast is None or cast.op != "Cast" or not given.decodes(graph, node.outputs[0]):
             continue
         codes, scale = (_looked_up(graph, t) for t in (cast.inputs[0], node.inputs[1 - k]))
-        if is_constant(scale) and dtype_of(scale) == np.float32:
-            values = np.asarray(graph.read(scale), np.float32)
-            axis = next((axis for axis, size in enumerate(values.shape) if size > 1), None)
-            found = encoding(values.reshape(-1) if axis is not None else values.reshape(()), 0, str(dtype_of(codes)),
-                             axis)
-            found.float_bytes, found.code_bytes = 4 * elements(codes), elements(codes) + values.nbytes
-            return {codes.name: found, node.outputs[0].name: found}
+        if not is_constant(scale) or dtype_of(scale) != np.float32:
+            continue
+        values = np.asarray(graph.read(scale), np.float32)
+        dtype, whole = str(dtype_of(codes)), graph.only_consumer(node.outputs[0])
+        if whole is not None and whole.op == "Reshape" and is_constant(codes):
+            return _decoded_blocks(graph, whole, codes, values, zeros)
+        axis = next((axis for axis, size in enumerate(values.shape) if size > 1), None)
+        found = encoding(values.reshape(-1) if axis is not None else values.reshape(()), 0, dtype, axis)
+        found.float_bytes, found.code_bytes = 4 * elements(codes), elements(codes) + values.nbytes
+        return {codes.name: found, node.outputs[0].name: found}
     return {}
+
+
+def _decoded_blocks(graph: Graph, whole: Node, codes: Tensor, scale: npt.NDArray[np.float32],
+                    zeros: Tensor | None) -> dict[str, Encoding]:
+    """Of codes [nb, B, N] or [V, nb, B] with scales [nb, 1, N] or [V, nb, 1], which a Reshape makes a matrix."""
+    dims, last = [int(d or 0) for d in shape_of(codes) or ()], whole
+    along = next((k for k, size in enumerate(scale.shape) if k and size == 1 and dims[k] > 1), None)
+    if along is None or len(dims) != scale.ndim:
+        return {}
+    following = graph.only_consumer(whole.outputs[0])
+    if following is not None and following.op == "Slice":  # takes off what fills up the last block
+        last = following
+    cast = graph.producer(zeros) if zeros is not None else None
+    points = zeros if cast is None else cast.inputs[0]
+    values = np.asarray(graph.read(points), np.float32) if points is not None and is_constant(points) else 0
+    found = encoding(scale, values, str(dtype_of(codes)), along - 1, dims[along])
+    found.float_bytes = 4 * elements(last.outputs[0])
+    found.code_bytes = -(-elements(codes) * _bits(str(dtype_of(codes))) // 8) + scale.nbytes
+    return {codes.name: found, last.outputs[0].name: found}
 
 
 def _looked_up(graph: Graph, tensor: Tensor) -> Tensor:
@@ -229,7 +258,7 @@ def row_of(node: Node, graph: Graph, encodings: Mapping[str, Encoding]) -> NodeR
     for tensor in [t for k, t in enumerate(node.inputs) if t.name in encodings and k not in told]:
         maker = graph.producer(tensor)
         source = maker.inputs[0] if maker is not None and maker.op == "DequantizeLinear" else None
-        if maker is not None and maker.op == "Mul":
+        if maker is not None and maker.op in ("Mul", "Reshape", "Slice") and given.decodes(graph, tensor):
             weights.append(tensor.name)
             scheme = STORED
         elif is_constant(tensor) or (is_constant(source) and len(shape_of(tensor) or ()) > 1):
@@ -277,24 +306,48 @@ def _of_constants(graph: Graph, node: Node, codes: Tensor, scale: Tensor | None,
         return Encoding(dtype, "tensor")
     if scale.name == ONE:  # the rows' own scales are multiplied in behind the kernel
         return Encoding(dtype, "token")
+    if node.op in _PACKED:
+        return _of_packed(graph, node, codes, scale, zero_point)
     zeros: npt.NDArray[Any] = np.zeros((), np.int64)
-    if node.op == "MatMulNBits":  # packed; 2**(bits - 1) where there are none (com.microsoft MatMulNBits-1)
-        zeros = np.asarray(2 ** (int(node.attrs.get("bits", 4)) - 1) if zero_point is None else np.nan)
-    elif zero_point is not None and is_constant(zero_point):
+    if zero_point is not None and is_constant(zero_point):
         zeros = np.asarray(graph.read(zero_point))
     values = np.asarray(graph.read(scale), np.float32)
     if values.size == 1:
         values, zeros = values.reshape(()), zeros.reshape(()) if zeros.size == 1 else zeros
     found = encoding(values, zeros, dtype, _axis(node, codes), int(node.attrs.get("block_size", 0)) or None)
-    if is_constant(codes) and node.op != "MatMulNBits" and dtype != "int32":  # int32 is a bias: it shrinks nothing
+    if is_constant(codes) and dtype != "int32":  # int32 is a bias: it shrinks nothing
         count = elements(codes)
         found.float_bytes, found.code_bytes = 4 * count, -(-count * _bits(dtype) // 8) + values.nbytes
     return found
 
 
+def _of_packed(graph: Graph, node: Node, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Encoding:
+    """Of a kernel's weights in blocks: codes count from 0, zero points are 2**(bits - 1) where there are none.
+
+    Source: com.microsoft MatMulNBits-1 and GatherBlockQuantized-1.
+    """
+    bits, rows = int(node.attrs.get("bits", 4)), int((shape_of(codes) or (1,))[0] or 1)
+    scales = np.asarray(graph.read(scale), np.float32).reshape(rows, -1)
+    zeros: npt.NDArray[Any] = np.asarray(2 ** (bits - 1))
+    if zero_point is not None and is_constant(zero_point):
+        zeros = np.asarray(graph.read(zero_point)).reshape(rows, -1)
+        zeros = packing.unpack_bits(zeros, bits, scales.shape[1]) if _packs(zero_point) else zeros.astype(np.float32)
+    found = encoding(scales, zeros, _dtype(node, codes, zero_point), 1, int(node.attrs.get("block_size", 128)))
+    count = int(node.attrs.get("K", 0)) * int(node.attrs.get("N", 0))  # of MatMulNBits
+    if is_constant(codes):
+        found.float_bytes = 4 * (count or elements(codes) * (8 // bits if _packs(codes) else 1))
+        found.code_bytes = elements(codes) * (8 if _packs(codes) else bits) // 8 + scales.nbytes
+    return found
+
+
+def _packs(tensor: Tensor) -> bool:
+    """Whether bytes hold the codes of a kernel, rather than one element each."""
+    return str(dtype_of(tensor)) == "uint8"
+
+
 def _dtype(node: Node, codes: Tensor, zero_point: Tensor | None) -> str:
     """Of the codes, else of the zero point, else the operator's default."""
-    if node.op == "MatMulNBits":
+    if node.op in _PACKED:
         return f"uint{int(node.attrs.get('bits', 4))}"
     known = [dtype_of(t) for t in (zero_point, codes) if t is not None]
     return next((str(d) for d in known if d is not None and d.kind not in "f"), "uint8")

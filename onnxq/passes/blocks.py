@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -41,6 +42,11 @@ def layout(plan: Plan, name: str) -> Layout | None:
         return None
     assert params.axis is not None
     return Layout(params.dtype, params.block_size, params.axis)
+
+
+def code_type(dtype: DType) -> np.dtype[Any]:
+    """The type of codes whose bytes several of them share in the file, where they have less than 8 bits."""
+    return np.dtype(getattr(ml_dtypes, dtype.name)) if dtype.bits < 8 else dtype.storage
 
 
 def coded(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], tuple[Array, QuantParams]]:

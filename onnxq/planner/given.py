@@ -7,50 +7,72 @@ from onnxq.plan import GIVEN, NodePlan
 from onnxq.planner.chains import chain
 from onnxq.targets import Target
 
+CODES = frozenset({"int2", "int4", "int8", "uint2", "uint4", "uint8"})  # types of weights that are decoded at load
 QUANT_OPS = frozenset({
     "ConvInteger", "DequantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeLinear", "DynamicQuantizeMatMul",
-    "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm", "QLinearAdd", "QLinearAveragePool",
-    "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu", "QLinearMatMul", "QLinearMul",
-    "QLinearSigmoid", "QLinearSoftmax", "QuantizeLinear",
+    "GatherBlockQuantized", "MatMulBnb4", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm",
+    "QLinearAdd", "QLinearAveragePool", "QLinearConcat", "QLinearConv", "QLinearGlobalAveragePool", "QLinearLeakyRelu",
+    "QLinearMatMul", "QLinearMul", "QLinearSigmoid", "QLinearSoftmax", "QuantizeLinear",
 })
+_DECODING = frozenset({"Cast", "Mul", "Reshape", "Slice", "Sub"})
 
 
 def is_quantized(graph: Graph, node: Node) -> bool:
     """Whether the node is an operator of a quantized model, or decodes weights that are stored as codes."""
     if node.domain not in ("", "com.microsoft", None):
         return False
-    return node.op in QUANT_OPS or _casts_codes(graph, node) or (
-        node.op == "Mul" and any(decodes(graph, t) for t in node.inputs))
+    return node.op in QUANT_OPS or (node.op in _DECODING and decodes(graph, node.outputs[0]))
 
 
 def decodes(graph: Graph, tensor: Tensor) -> bool:
-    """Whether a tensor is made of codes in the file by a Cast, and maybe a Mul behind it."""
+    """Whether a tensor is made of codes in the file: by a Cast, of which a Sub may take a zero point, which a Mul may
+    scale; a whole weight may be reshaped and cut behind that (see passes.quantize.blocks)."""
     maker = graph.producer(tensor)
-    if maker is not None and maker.op == "Mul":
-        maker = next((m for m in map(graph.producer, maker.inputs) if m is not None and m.op == "Cast"), None)
+    if maker is None or maker.domain or maker.op not in _DECODING:
+        return False
+    if maker.op in ("Reshape", "Slice"):
+        return _stored(graph, tensor) and decodes(graph, maker.inputs[0])
+    return any(_levels(graph, m) for m in ([maker] if maker.op != "Mul" else map(graph.producer, maker.inputs)))
+
+
+def _levels(graph: Graph, maker: Node | None) -> bool:
+    """Whether a node makes codes of the file to floats, and maybe takes a zero point from them."""
+    if maker is not None and maker.op == "Sub":
+        maker = graph.producer(maker.inputs[0])
     return maker is not None and _casts_codes(graph, maker)
 
 
+def _stored(graph: Graph, tensor: Tensor) -> bool:
+    """Whether a tensor is a constant, or decoded from constants alone."""
+    maker = graph.producer(tensor)
+    if maker is None:
+        return is_constant(tensor)
+    return maker.op in _DECODING and all(_stored(graph, t) for t in maker.inputs)
+
+
 def _casts_codes(graph: Graph, node: Node) -> bool:
-    """Whether a node is a Cast of int8 codes in the file to floats; rows of a table that were looked up, too."""
+    """Whether a node is a Cast of codes in the file to floats; rows of a table that were looked up, too."""
     if node.op != "Cast" or str(dtype_of(node.outputs[0])) != "float32":
         return False
     source = node.inputs[0]
     maker = graph.producer(source)
     if maker is not None and maker.op == "Gather":
         source = maker.inputs[0]
-    return is_constant(source) and str(dtype_of(source)) in ("int8", "uint8")
+    return is_constant(source) and str(dtype_of(source)) in CODES
 
 
 def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) -> list[NodePlan]:
     """Verdicts on a float operator between the model's own DQ and Q, and on a Relu or Clip that its kernel absorbs.
 
-    Empty where not all it reads comes from a DequantizeLinear, or no Q follows (a MatMul or Gemm needs none). A Conv or
+    Empty where not all it reads comes from a DequantizeLinear, or no Q follows (a MatMul or Gemm needs none, and of
+    weights alone in codes the runtime makes MatMulNBits). A Conv or
     Gemm of float weights is quantized, too: the runtime makes codes of them. A Relu is absorbed only where code 0
     stands for 0.
     """
     if node.op == "Add" and any(_int32_bias(graph, t) for t in data):
         return [NodePlan(node.name, node.op, GIVEN, GIVEN, "quantized already: it adds a bias stored as int32")]
+    if node.op in ("Gemm", "MatMul") and not _from_codes(graph, node.inputs[0]) and _codes_alone(graph, node.inputs[1]):
+        return [NodePlan(node.name, node.op, GIVEN, GIVEN, "quantized already: its weights are stored as codes")]
     if not data or not all(_from_codes(graph, t) for t in data):
         return []
     whole = node.op not in ("Conv", "Gemm", "MatMul") or _from_codes(graph, node.inputs[1])
@@ -79,6 +101,12 @@ def between_pairs(graph: Graph, node: Node, data: list[Tensor], target: Target) 
 def _from_codes(graph: Graph, tensor: Tensor) -> bool:
     maker = graph.producer(tensor)
     return maker is not None and maker.op == "DequantizeLinear"
+
+
+def _codes_alone(graph: Graph, tensor: Tensor) -> bool:
+    """Whether a tensor is decoded from a constant by DequantizeLinear."""
+    maker = graph.producer(tensor)
+    return maker is not None and maker.op == "DequantizeLinear" and is_constant(maker.inputs[0])
 
 
 def _int32_bias(graph: Graph, tensor: Tensor) -> bool:

@@ -160,11 +160,14 @@ class _Outliner:
             return _no_kernel(node, self.recipe.scheme, self.target.name)
         return self.measured.refused.get(node.name) or self.measured.per_token.get(node.name)
 
+    def _note_given(self, node: Node) -> None:
+        if node.op in WEIGHTED | JOINING | self.target.pairs_with_q and not node.domain:
+            found = given.between_pairs(self.graph, node, data_inputs(node), self.target)
+            self.given.update((plan.node, plan) for plan in found)
+
     def _weighted_nodes(self) -> None:
         for node in self.graph.nodes:
-            if node.op in WEIGHTED | JOINING | self.target.pairs_with_q and not node.domain:
-                found = given.between_pairs(self.graph, node, data_inputs(node), self.target)
-                self.given.update((plan.node, plan) for plan in found)
+            self._note_given(node)
             reason = self._allowed(node)
             if reason is None and node.op in WEIGHTED:
                 link = chain(self.graph, node, self.barred)
@@ -278,10 +281,11 @@ class _Outliner:
         """What a weight-only scheme begins with."""
         found = Outline()
         for node in self.graph.nodes:
+            self._note_given(node)
             reason = self._allowed(node)
             if reason is None and node.op in weight_only.LINEAR:
                 reason = weighted(self.graph, node)
-            self.reasons[node.name] = reason or "its weights are too small to gain from fewer bits"
+            self.reasons[node.name] = reason or weight_only.left(self.graph, node)
             found.nodes[node.name] = self._float_verdict(node)
         self._bodies(found)
         return found

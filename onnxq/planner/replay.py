@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, shape_of
+from onnxq.numerics.affine import QuantParams
 from onnxq.plan import Plan
 
 
@@ -19,11 +22,21 @@ def replayed(plan: Plan, graph: Graph) -> Plan:
     for node, _ in graph.walk():
         for tensor in node.inputs:
             params, dims = plan.weights.get(tensor.name), shape_of(tensor) or ()
-            if params is not None and params.axis is not None and dims[params.axis] != params.scale.size:
+            if params is not None and params.block_size is not None:
+                _check_blocks(tensor.name, params, dims)
+            elif params is not None and params.axis is not None and dims[params.axis] != params.scale.size:
                 raise UsageError(f"the plan was made for another model: the weights {tensor.name!r} have "
                                  f"{dims[params.axis]} channels, not {params.scale.size}; make a plan of this model "
                                  "with --save-plan DIR")
     return plan
+
+
+def _check_blocks(name: str, params: QuantParams, dims: Sequence[int | str | None]) -> None:
+    wanted = [-(-int(d or 0) // (params.block_size or 1)) if axis == params.axis else d for axis, d in enumerate(dims)]
+    if list(params.scale.shape) != wanted:
+        raise UsageError(f"the plan was made for another model: the weights {name!r} are {list(dims)}, whose blocks "
+                         f"have {wanted} scales and not {list(params.scale.shape)}; make a plan of this model with "
+                         "--save-plan DIR")
 
 
 def check_smoothings(plan: Plan, graph: Graph) -> None:

@@ -14,6 +14,7 @@ from onnxq.numerics import blocks as numerics
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
+from onnxq.passes.lower.blocks_to_dequantize import opset_of
 from onnxq.plan import FLOAT, STORED, UNTOUCHED, Blocks, NodePlan
 from onnxq.planner.chains import Chain, chain
 from onnxq.schemes import Scheme, TensorSpec
@@ -35,6 +36,8 @@ def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Schem
     one's scheme.
     """
     found: dict[str, TensorSpec] = {}
+    if target.portable:
+        refused = {**refused, **_unfused(graph, schemes)}
     barred = {name for name, verdict in nodes.items() if name not in schemes or verdict.scheme != FLOAT}
     for name, readers in _readers(graph).items():
         takers = [(holder, node) for holder, node in readers if node.name in schemes and node.name not in barred]
@@ -123,6 +126,46 @@ def _no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
         return "rows of 2 bits have no kernel"
     slow = by_name(spec.dtype).bits == 2 and spec.block_size in (16, 256)
     return NO_INT8_KERNEL if slow and node.op in LINEAR else None
+
+
+def left(graph: Graph, node: Node) -> str:
+    """Why a layer or look-up stays float unless `choose` gives it blocks."""
+    weight = weight_of(node)
+    if not is_constant(weight):
+        return "what it looks up is computed at run time"
+    rows, columns = ([int(d or 0) for d in shape_of(weight) or ()] + [0, 0])[:2]
+    if node.op == "Gather" and (len(shape_of(weight) or ()) != 2 or int(node.attrs.get("axis", 0)) != 0):
+        return "only rows of a matrix are looked up in blocks"
+    if rows * columns < (_LEAST_TABLE if node.op == "Gather" else _LEAST):
+        return "its weights are too small to gain from fewer bits"
+    if graph.is_output(weight) or len(graph.consumers(weight)) > 1:
+        return "its weights are read as floats elsewhere, or along another axis: the file would hold them twice"
+    return f"the model has a tensor of the name that a part of {weight.name!r} would take"
+
+
+def _unfused(graph: Graph, schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """Node -> why the runtime would not fuse it with a DequantizeLinear of its weight, which would run each time."""
+    found: dict[str, str] = {}
+    inside = {node.name for _, body in graph.subgraphs() for node, _ in body.walk()}
+    for node, spec in [(n, schemes[n.name].weights) for n, _ in graph.walk() if n.name in schemes]:
+        if spec is None or node.op not in LINEAR | {"Gather"}:
+            continue
+        weight, needed = weight_of(node), opset_of(by_name(spec.dtype))
+        if graph.opset < needed:
+            found[node.name] = f"DequantizeLinear takes blocks of {spec.dtype} from opset {needed} on"
+        elif node.op == "Gather":
+            found[node.name] = "the runtime has no kernel that decodes the rows of a look-up behind DequantizeLinear"
+        elif node.name in inside:
+            found[node.name] = "the runtime fuses nothing in a body with weights outside of it"
+        elif len(graph.consumers(weight)) > 1:
+            found[node.name] = "the runtime fuses no DequantizeLinear of weights that several nodes read"
+    return found
+
+
+def opset(graph: Graph, schemes: Mapping[str, Scheme]) -> int:
+    """The opset from which on DequantizeLinear takes the blocks of all of a graph's schemes; 0 where there are none."""
+    specs = [schemes[n.name].weights for n, _ in graph.walk() if n.name in schemes and n.op in LINEAR]
+    return max((opset_of(by_name(s.dtype)) for s in specs if s is not None and s.block_size is not None), default=0)
 
 
 def bits(spec: TensorSpec) -> float:

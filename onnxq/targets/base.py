@@ -25,6 +25,7 @@ class Target:
     `slow_fusions` names fusions of the runtime that are slower than what they replace;
     `saturates` tells whether it adds two products of uint8 by int8 in 16 bits, for which weight scales leave room;
     `fused` names its com.microsoft operators that are faster than the small operators which they stand for;
+    `portable` tells whether operators of ONNX alone are written, and what the runtime fuses of them is what runs;
     `half` tells whether it computes in float16 and bfloat16: where not, such models are computed in float32;
     `contrib` names the com.microsoft operators that take float32 wherever they take a half type.
     """
@@ -45,5 +46,6 @@ class Target:
     slow_fusions: frozenset[str] = frozenset()
     saturates: bool = False
     fused: frozenset[str] = frozenset()
+    portable: bool = False
     half: bool = False
     contrib: frozenset[str] = frozenset()

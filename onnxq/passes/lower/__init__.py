@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxq.passes.lower.blocks import LowerBlocks
+from onnxq.passes.lower.blocks_to_dequantize import BlocksToDequantize
 from onnxq.passes.lower.dynamic_matmul import LowerDynamicMatMul
 from onnxq.passes.lower.fence_float import FenceFloat
 from onnxq.passes.lower.movement import LowerMovement
@@ -20,12 +21,12 @@ from onnxq.passes.manager import Pass
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
-EMITTER_VERSION = 4
+EMITTER_VERSION = 5
 
 
 def lower(output_format: str) -> list[Pass]:
     """Passes for an output format: `qoperator` writes fused operators, `qdq` leaves fusing to the runtime."""
     if output_format == "qdq":
-        return [SeparateLinear(), FenceFloat(), NarrowConstants()]
+        return [BlocksToDequantize(), SeparateLinear(), FenceFloat(), NarrowConstants()]
     return [LowerConv(), PadChannels(), LowerLinear(), PoolToConv(), LowerJoining(), LowerMovement(),
             LowerDynamicMatMul(), LowerPerToken(), LowerBlocks(), ShedDequantize(), FenceFloat(), NarrowConstants()]

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxq.graph import Graph, Node
+from onnxq.graph import Graph, Node, shape_of
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.pattern import DEQUANTIZE
+from onnxq.plan import UNTOUCHED
 
 
 @dataclass(frozen=True)
 class SeparateLinear(Pass):
     """For the QDQ form: DQ -> MatMul or Gemm => DQ -> MatMul or Gemm -> Sum where its float result is an output and
-    read besides, and MatMul -> Add => MatMul -> Sum where what is added is no int32 bias.
+    read besides, and MatMul -> Add => MatMul -> Sum where what is added is no int32 bias, and no bias [N] of a layer
+    whose weights alone are codes.
 
     The runtime fuses neither a node whose result is read inside and outside of the graph, nor a Gemm of a float bias,
     which it makes of MatMul and Add; both then dequantize the weights at every run. A Sum of one tensor is the
@@ -36,8 +38,10 @@ class SeparateLinear(Pass):
             return True
         if node.op != "MatMul" or len(readers) != 1 or readers[0].op != "Add" or readers[0].domain:
             return False
-        makers = [graph.producer(t) for t in readers[0].inputs if t is not result]
-        if verdict.bias_add is not None and any(m is not None and m.op == DEQUANTIZE for m in makers):
+        added = next((t for t in readers[0].inputs if t is not result), result)
+        maker, blocks = graph.producer(added), verdict.activation == UNTOUCHED
+        fused = len(shape_of(added) or ()) == 1 if blocks else maker is not None and maker.op == DEQUANTIZE
+        if verdict.bias_add is not None and fused:
             return False
         readers[0].op = "Sum"
         return True

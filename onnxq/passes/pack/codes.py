@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import ml_dtypes
-import numpy as np
-
 from onnxq.graph import Graph, Node, Tensor, is_constant, shape_of
 from onnxq.numerics.dtypes import DType
-from onnxq.passes.blocks import layout
+from onnxq.passes.blocks import code_type, layout
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
 
@@ -44,7 +41,7 @@ class PackCodes(Pass):
 
 def _narrow(graph: Graph, codes: Tensor, dtype: DType) -> Tensor:
     """The codes in their own type, computed as they are saved."""
-    narrow = np.dtype(getattr(ml_dtypes, dtype.name))
+    narrow = code_type(dtype)
     shape = [int(d or 0) for d in shape_of(codes) or ()]
     return graph.computed(f"{codes.name}.packed", narrow, shape, lambda: graph.read(codes).astype(narrow))
 
