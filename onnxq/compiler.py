@@ -51,7 +51,8 @@ _AGREEMENT_ROWS = 64  # enough to tell agreement; a metric is measured on all of
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
-            rounding: str | None = None, eval: Any = None, metric: str | None = None, max_drop: str | None = None,
+            rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
+            eval: Any = None, metric: str | None = None, max_drop: str | None = None,
             target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
             fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
@@ -62,8 +63,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
 
     Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
-    `ranges`, `outliers` and `rounding` are those of a recipe. `calib` and `eval` are DATA (see
-    onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
+    `ranges`, `outliers` and `rounding` are those of a recipe; `group_size` and `symmetric` replace those of a
+    weight-only scheme. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written
+    even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
     model gives the same bytes, without data, on any machine. Nodes run in integers where the
     target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
@@ -78,7 +80,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         scheme = saved.scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
-                     rounding=rounding)
+                     rounding=rounding, group_size=group_size, symmetric=symmetric)
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)

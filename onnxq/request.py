@@ -19,8 +19,8 @@ from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import in_blocks, scheme_names
 from onnxq.schemes import scheme as named_scheme
-from onnxq.schemes import scheme_names
 from onnxq.targets import Target
 from onnxq.verification import Goal
 
@@ -62,10 +62,12 @@ class Request:
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
             samples: int | None = None, batch: int | None = None, ranges: str | None = None,
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
-            fallback: int | None = None, outliers: str | None = None, rounding: str | None = None) -> Recipe:
+            fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
+            group_size: int | None = None, symmetric: bool | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
-    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. Raises UsageError and RecipeError.
+    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
+    a weight-only scheme; schemes that rules name stay as they are. Raises UsageError and RecipeError.
     """
     if recipe is not None and scheme != AUTO:
         raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
@@ -81,7 +83,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           batch=chosen.calibration.batch if batch is None else batch,
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
-    return replace(chosen, calibration=calibration, rounding=rounding or chosen.rounding,
+    return replace(chosen, scheme=in_blocks(chosen.scheme, group_size, symmetric), calibration=calibration,
+                   rounding=rounding or chosen.rounding,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
