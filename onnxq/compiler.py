@@ -52,6 +52,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
+            target_bits: float | None = None, max_size: str | None = None,
             eval: Any = None, metric: str | None = None, max_drop: str | None = None,
             target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
             fallback: int | None = None, force: bool = False, measure: bool = True,
@@ -64,7 +65,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
     `ranges`, `outliers` and `rounding` are those of a recipe; `group_size` and `symmetric` replace those of a
-    weight-only scheme. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written
+    weight-only scheme, in which `target_bits` (per weight) and `max_size` (of the file, such as 40MB) have formats
+    chosen for each weight. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written
     even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
     model gives the same bytes, without data, on any machine. Nodes run in integers where the
@@ -80,7 +82,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         scheme = saved.scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
-                     rounding=rounding, group_size=group_size, symmetric=symmetric)
+                     rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
+                     max_size=max_size)
     model = Path(model)
     destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
@@ -170,6 +173,7 @@ class _Compilation:
         if request.save_plan is not None:
             self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
+        verification.check_size(self.report.size, request.recipe.bits.most_bytes, self.report.verdict)
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
         planned = self.planning.graph_for(self.context.plan)
         codes.connect(self.report.nodes, self.context.plan.nodes, planned)
@@ -222,7 +226,8 @@ class _Compilation:
 
     def _planning(self, graph: Graph, calib: Dataset | None, recipe: Recipe) -> Planning:
         request = self.request
-        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage, self.dropped)
+        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage, self.dropped,
+                        request.format)
 
     def _decide(self, feeds: list[dict[str, Any]], source: str, compiled: Path) -> None:
         """Find the Plan: a saved one, the table's, or what measuring makes of that."""

@@ -63,11 +63,13 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             samples: int | None = None, batch: int | None = None, ranges: str | None = None,
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
-            group_size: int | None = None, symmetric: bool | None = None) -> Recipe:
+            group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
+            max_size: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
-    a weight-only scheme; schemes that rules name stay as they are. Raises UsageError and RecipeError.
+    a weight-only scheme; schemes that rules name stay as they are. With `target_bits` or `max_size` formats are chosen
+    for each weight, with blocks of `group_size` alone where that is given. Raises UsageError and RecipeError.
     """
     if recipe is not None and scheme != AUTO:
         raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
@@ -83,8 +85,11 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           batch=chosen.calibration.batch if batch is None else batch,
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
+    bits = replace(chosen.bits, target=chosen.bits.target if target_bits is None else target_bits,
+                   max_size=max_size or chosen.bits.max_size,
+                   block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
     return replace(chosen, scheme=in_blocks(chosen.scheme, group_size, symmetric), calibration=calibration,
-                   rounding=rounding or chosen.rounding,
+                   rounding=rounding or chosen.rounding, bits=bits,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),

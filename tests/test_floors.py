@@ -32,14 +32,14 @@ ROOMS: dict[str, set[str] | None] = {
     "numerics": set(),
     "targets": set(),
     "schemes": {"plain"},
-    "recipe": {"plain", "schemes"},
+    "recipe": {"plain", "schemes", "sizes"},
     "graph": {"numerics", "ports"},
     "plan": {"numerics"},
     "passes": {"graph", "numerics", "plan", "recipe", "schemes", "spool", "targets"},
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "schemes", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "schemes", "runtime", "plugins"},
-    "planner": {"calibration", "graph", "numerics", "passes", "plan", "ports", "recipe", "schemes", "runtime", "spool",
-                "targets"},
+    "planner": {"calibration", "graph", "language", "numerics", "passes", "plan", "ports", "recipe", "schemes",
+                "runtime", "sizes", "spool", "targets"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

@@ -45,6 +45,10 @@ from onnxq.targets import TARGETS
                    "has not seen.  [default: auto, or the recipe's]")
 @group_size_option
 @symmetric_option
+@click.option("--target-bits", type=float, metavar="BITS",
+              help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
+                   "scales, more where they matter.")
+@click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
@@ -96,6 +100,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
       onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
+      onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
@@ -109,7 +114,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
-                 "symmetric", "metric", "max_drop", "keep_float", "fallback")
+                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

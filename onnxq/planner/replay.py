@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, shape_of
+from onnxq.numerics.affine import QuantParams
 from onnxq.plan import Plan
 
 
@@ -19,11 +20,22 @@ def replayed(plan: Plan, graph: Graph) -> Plan:
     for node, _ in graph.walk():
         for tensor in node.inputs:
             params, dims = plan.weights.get(tensor.name), shape_of(tensor) or ()
-            if params is not None and params.axis is not None and dims[params.axis] != params.scale.size:
+            if params is not None and params.block_size is not None:
+                _check_blocks(tensor.name, [int(d or 0) for d in dims], params)
+            elif params is not None and params.axis is not None and dims[params.axis] != params.scale.size:
                 raise UsageError(f"the plan was made for another model: the weights {tensor.name!r} have "
                                  f"{dims[params.axis]} channels, not {params.scale.size}; make a plan of this model "
                                  "with --save-plan DIR")
     return plan
+
+
+def _check_blocks(name: str, dims: list[int], params: QuantParams) -> None:
+    assert params.axis is not None
+    assert params.block_size is not None
+    wanted = [-(-d // params.block_size) if k == params.axis else d for k, d in enumerate(dims)]
+    if wanted != list(params.scale.shape):
+        raise UsageError(f"the plan was made for another model: the weights {name!r} have {wanted} blocks, not "
+                         f"{list(params.scale.shape)}; make a plan of this model with --save-plan DIR")
 
 
 def check_smoothings(plan: Plan, graph: Graph) -> None:
