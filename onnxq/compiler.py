@@ -12,7 +12,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from onnxq import sizes, streaming, verification
+from onnxq import notices, sizes, streaming, verification
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.calibration.shapes import resized
 from onnxq.errors import DataError, GraphError, ModelError, OutputError
@@ -26,8 +26,8 @@ from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
-from onnxq.plan import GIVEN, Plan
-from onnxq.planner import masks, rules, smoothing, weight_only
+from onnxq.plan import Plan
+from onnxq.planner import rules, weight_only
 from onnxq.planner.pricing import Prices
 from onnxq.planner.rewriting import keep_faster
 from onnxq.planning import Planning
@@ -35,7 +35,7 @@ from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size
-from onnxq.request import AUTO, Request, check, check_words, resolve
+from onnxq.request import AUTO, Request, check, resolve, several
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import environment, kernel_environment
 from onnxq.runtime.session import Session, SessionOptions
@@ -52,7 +52,9 @@ _AGREEMENT_ROWS = 64  # enough to tell agreement; a metric is measured on all of
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
-            rounding: str | None = None, eval: Any = None, metric: str | None = None, max_drop: str | None = None,
+            rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
+            target_bits: float | None = None, max_size: str | None = None,
+            eval: Any = None, metric: str | None = None, max_drop: str | None = None,
             target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
             fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
@@ -63,8 +65,10 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
 
     Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
-    `ranges`, `outliers` and `rounding` are those of a recipe. `calib` and `eval` are DATA (see
-    onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
+    `ranges`, `outliers` and `rounding` are those of a recipe; `group_size` and `symmetric` replace those of a
+    weight-only scheme, in which `target_bits` (per weight) and `max_size` (of the file, such as 40MB) have formats
+    chosen for each weight. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written
+    even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
     model gives the same bytes, without data, on any machine. Nodes run in integers where the
     target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
@@ -79,26 +83,26 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
         scheme = saved.scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
-                     rounding=rounding)
-    model = Path(model)
-    destination = Path(output) if output is not None else model.with_name(f"{model.stem}.{chosen.scheme.name}.onnx")
+                     rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
+                     max_size=max_size)
+    destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
-    if format == "qdq":  # for other runtimes, too: standard operators alone
-        here = replace(here, fused=frozenset(), portable=True)
-    check_words(format, objective)
-    coarser = scheme == AUTO and recipe is None and calib is None and measure
+    here = replace(here, fused=frozenset(), portable=True) if format == "qdq" else here  # standard operators alone
     request = Request(
-        model, destination, chosen, here, SessionOptions(here.provider, threads),
+        Path(model), Path(output or destination), chosen, here, SessionOptions(here.provider, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
         here.format if format == AUTO else format, measure,
         Path(dump) if dump is not None else None, dump_after,
-        replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor")) if coarser else None, saved,
-        Path(save_plan) if save_plan is not None else None, objective,
-        {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in (shapes or {}).items()},
+        _coarser(chosen) if scheme == AUTO and recipe is None and calib is None and measure else None, saved,
+        Path(save_plan) if save_plan is not None else None, objective, several(shapes or {}),
         sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
-    check(request, force)
+    check(request, format, force)
     with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
         return _Compilation(request, progress or Silent()).run()
+
+
+def _coarser(chosen: Recipe) -> Recipe:
+    return replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor"))
 
 
 class _Compilation:
@@ -172,6 +176,7 @@ class _Compilation:
         if request.save_plan is not None:
             self.context.plan.save(request.save_plan)
         self.report.size = Size(stored_bytes(request.model), stored_bytes(request.output))
+        verification.check_size(self.report.size, request.recipe.bits.most_bytes, self.report.verdict)
         self.report.environment = {"onnxq": VERSION, "target": request.target.name, **environment()}
         planned = self.planning.graph_for(self.context.plan)
         codes.connect(self.report.nodes, self.context.plan.nodes, planned)
@@ -234,7 +239,8 @@ class _Compilation:
 
     def _planning(self, graph: Graph, calib: Dataset | None, recipe: Recipe) -> Planning:
         request = self.request
-        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage, self.dropped)
+        return Planning(graph, recipe, request.target, calib, request.options, self.progress, self.stage, self.dropped,
+                        request.format)
 
     def _decide(self, feeds: list[dict[str, Any]], source: str, compiled: Path) -> None:
         """Find the Plan: a saved one, the table's, or what measuring makes of that."""
@@ -254,39 +260,15 @@ class _Compilation:
         if request.plan is None:
             self.planning.round(self.context.plan)
             self.planning.correct(self.context.plan)
-        self._plan_notices(self.context.plan.quantizes if able is None else able)
-        if self.planning.calib is not None and (self.planning.used_data or self.context.plan.bias_shifts):
-            self._data_notices(self.planning.calib, "calibration")
+        plan, said = self.context.plan, self.report.verdict.notices
+        said += notices.of_plan(plan, self.planning, plan.quantizes if able is None else able)
+        if self.planning.calib is not None and (self.planning.used_data or plan.bias_shifts):
+            said += notices.of_data(self.planning.calib, "calibration")
         if feeds and request.measure and self.report.latency is None:  # a saved Plan is replayed, not measured again
             with self.stage("measure"):
                 self._build(self.context.plan, compiled)
                 self.report.latency = verification.latency(self.reference, compiled, feeds, request.options, source,
                                                            progress=self.progress)
-
-    def _plan_notices(self, able: bool) -> None:
-        """`able`: whether anything could be quantized, whatever measuring made of it."""
-        plan, notices = self.context.plan, self.report.verdict.notices
-        given = sum(1 for n in plan.nodes.values() if n.scheme == GIVEN)
-        if given:
-            notices.append(f"{given} nodes were quantized already and are kept")
-        if not able:
-            notices.append(f"nothing {'more ' if given else ''}in this model can be quantized under this scheme; "
-                           "each node's reason is in the report")
-        notices += self.planning.notices
-        notices += [said for said in (smoothing.notice(plan), masks.notice(plan)) if said is not None]
-        if not self.recipe.scheme.is_dynamic:
-            return
-        convs = sum(1 for n in plan.nodes.values() if n.op == "Conv" and not n.is_int and n.scheme != GIVEN)
-        operators = ", ".join(self.recipe.scheme.operators)
-        left = f", {convs} Conv compute in float" if convs else ""
-        hint = "; --calib DATA brings static int8, faster and for Conv, too" if self.request.calib is None else ""
-        notices.append(f"scheme {plan.scheme}: {operators} only{left}{hint}")
-
-    def _data_notices(self, data: Dataset, use: str) -> None:
-        if data.random:
-            self.report.verdict.notices.append(f"{use} ran on random data, as asked: its figures tell nothing about "
-                                               "accuracy")
-        self.report.verdict.notices += [f"{use} data: {note}" for note in data.notes]
 
     # -------------------------------------------------------------- rewrite
 
@@ -392,7 +374,7 @@ class _Compilation:
                 self.reference, compiled, data, request.goal, request.options, self.report.verdict,
                 batch=request.recipe.calibration.batch, samples=samples, note=note, progress=self.progress.step)
         if evaluation is not None:
-            self._data_notices(evaluation, "evaluation")
+            self.report.verdict.notices += notices.of_data(evaluation, "evaluation")
 
 
 def _results(graph: Graph, node: Node) -> tuple[str, ...]:

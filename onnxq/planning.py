@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,18 +11,24 @@ from types import MappingProxyType
 from onnxq.calibration import observer
 from onnxq.calibration.observer import AUTO
 from onnxq.calibration.readers import Dataset
-from onnxq.graph import Graph
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, file_bytes
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.moments import Moments
+from onnxq.passes.lower import lower
 from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.quantize import quantize
+from onnxq.passes.transform import transform
 from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.planner import alone, block_rounding, correction, masks, ranging, rounding, sensitivity, smoothing
+from onnxq.planner.bit_costs import Seeing
 from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
-from onnxq.planner.outline import Measured, Outline, outline
+from onnxq.planner.mixed_bits import MixedBits
+from onnxq.planner.outline import Chosen, Measured, Outline, outline
 from onnxq.planner.ranging import escaped
 from onnxq.planner.readers import groups
 from onnxq.planner.replay import check_smoothings, replayed
@@ -35,6 +42,7 @@ from onnxq.spool import Spool
 from onnxq.targets import Target
 
 NOTHING = Measured()
+_NOTED = 512  # bytes of a model's metadata beside its recipe
 Stages = Callable[[str], AbstractContextManager[None]]
 
 
@@ -42,7 +50,7 @@ class Planning:
     """Makes Plans of a canonical graph; what one of them needed of the data is known to the next."""
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
-                 progress: Progress, stage: Stages, dropped: Collection[str] = ()) -> None:
+                 progress: Progress, stage: Stages, dropped: Collection[str] = (), output_format: str = "") -> None:
         self.base = self.graph = graph  # `graph` is what is planned on: with channels scaled, another one than `base`
         self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
@@ -54,6 +62,9 @@ class Planning:
         self.dropped = set(dropped)  # rewrites that don't pay, by the name of their pass
         self.floors = False  # whether floors under masked scores pay
         self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
+        self.output_format = output_format or target.format
+        self.mixed: MixedBits | None = None
+        self.chosen: Mapping[str, Chosen] = {}  # layers whose weights have other formats than the recipe's
         self.notices: list[str] = []
         self.spool: Spool | None = None  # of results of long work
 
@@ -65,12 +76,43 @@ class Planning:
             self.sensitive = self._rank()
         known, found = dict(self.escaped), self._outlined(measured)
         self._observe(found)
+        if self.recipe.bits.are_chosen:
+            measured = self._choose_bits(measured)
+            found = self._outlined(measured)
         return self._finished(found if self.escaped == known else self._outlined(measured))
 
     def _outlined(self, measured: Measured = NOTHING) -> Outline:
         measured = replace(measured, per_token={n: why for n, why in self.escaped.items() if n not in measured.refused})
         with self.stage("plan"):
-            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {})
+            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {}, self.chosen)
+
+    def _choose_bits(self, measured: Measured) -> Measured:
+        """Choose the format of each weight; gives `measured`, without the refusals where weights have to be packed."""
+        self.chosen = {}
+        own = self._outlined(measured)
+        if self.mixed is None:
+            self.mixed = MixedBits(self.graph, own, self.recipe, self.target, self.output_format == "qoperator")
+            self.mixed.check(measured.refused, self._file_bytes(self._finished(own)))
+            with self.stage("choose bits"):
+                by = Seeing(self.calib, self.recipe.calibration, self.options) if self.calib is not None else None
+                self.used_data |= by is not None
+                self.mixed.measure(by, self.progress)
+        self.notices = [said for said in self.notices if said != self.mixed.notice]
+        try:
+            self.chosen = self.mixed.choose(measured.refused, self._file_bytes(self._finished(own)))
+        except UsageError:
+            if not measured.refused:
+                raise
+            measured = replace(measured, refused={})  # small enough comes before fast enough
+            self.chosen = self.mixed.choose({}, self._file_bytes(self._finished(self._outlined(measured))))
+        self.notices.append(self.mixed.notice)
+        return measured
+
+    def _file_bytes(self, plan: Plan) -> int:
+        """What the model that a Plan makes takes on disk, with what is noted in it."""
+        graph, context = self.graph_for(plan), Context(self.target, plan)
+        PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
+        return file_bytes(graph) + len(json.dumps(self.recipe.to_dict())) + _NOTED
 
     def _finished(self, found: Outline) -> Plan:
         assert self.hiding is not None

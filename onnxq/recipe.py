@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from onnxq import sizes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.plain import StrictLoader, build, plain
-from onnxq.schemes import FLOAT, Scheme, scheme, scheme_names
+from onnxq.schemes import BLOCK_SIZES, FLOAT, Scheme, scheme, scheme_names, weight_only_names
 
 VERSION = 1
 SQNR = "sqnr"
@@ -180,6 +181,52 @@ class BudgetSpec:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """Formats chosen for each weight, so that all of them fit a budget at the least damage.
+
+    target: bits per weight of those in blocks, as they are stored: codes, scales and zero points. max_size: of the
+    whole file, such as 40MB. Without either every weight has the scheme's format. choices: weight-only schemes to
+    choose among (none: the recipe's own and the named ones of more bits); block_sizes: with which blocks each.
+    What a rule names keeps the rule's scheme.
+    """
+
+    target: float | None = None
+    max_size: str | None = None
+    choices: tuple[str, ...] = ()
+    block_sizes: tuple[int, ...] = (32, 64, 128)
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise RecipeError(f"bits.target: {self.target:g} bits hold no weight; give a number above 0, such as 4.5")
+        if self.max_size is not None:
+            try:
+                sizes.parse(self.max_size)
+            except UsageError as e:
+                raise RecipeError(f"bits.max_size: {e}") from None
+        for k, name in enumerate(self.choices):
+            if name not in weight_only_names():
+                raise RecipeError(f"bits.choices[{k}]: {name!r} is no scheme of weights in blocks; use some of "
+                                  f"{', '.join(weight_only_names())}")
+        for k, size in enumerate(self.block_sizes):
+            if size not in BLOCK_SIZES:
+                raise RecipeError(f"bits.block_sizes[{k}]: {size} has no kernel here; use some of "
+                                  f"{', '.join(map(str, BLOCK_SIZES))}")
+        if not self.block_sizes:
+            raise RecipeError("bits.block_sizes: empty; name at least one, such as 32")
+
+    @property
+    def are_chosen(self) -> bool:
+        """Whether there is a budget to choose by."""
+        return self.target is not None or self.max_size is not None
+
+    @property
+    def most_bytes(self) -> int | None:
+        """Those of the whole file, if they are limited."""
+        return sizes.parse(self.max_size) if self.max_size is not None else None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a compilation, apart from the model, the data and the target.
 
@@ -200,9 +247,13 @@ class Recipe:
     data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
+    bits: Bits = Bits()
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for a rounding or an attention that is not known."""
+        """Raises RecipeError for what is not known, and for bits to choose in a scheme that has no blocks."""
+        if self.bits.are_chosen and not self.scheme.is_weight_only:
+            raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
+                              f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:

@@ -19,8 +19,8 @@ from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import in_blocks, scheme_names
 from onnxq.schemes import scheme as named_scheme
-from onnxq.schemes import scheme_names
 from onnxq.targets import Target
 from onnxq.verification import Goal
 
@@ -62,10 +62,14 @@ class Request:
 def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
             samples: int | None = None, batch: int | None = None, ranges: str | None = None,
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
-            fallback: int | None = None, outliers: str | None = None, rounding: str | None = None) -> Recipe:
+            fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
+            group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
+            max_size: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
-    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. Raises UsageError and RecipeError.
+    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
+    a weight-only scheme; schemes that rules name stay as they are. With `target_bits` or `max_size` formats are chosen
+    for each weight, with blocks of `group_size` alone where that is given. Raises UsageError and RecipeError.
     """
     if recipe is not None and scheme != AUTO:
         raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
@@ -81,21 +85,28 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           batch=chosen.calibration.batch if batch is None else batch,
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
-    return replace(chosen, calibration=calibration, rounding=rounding or chosen.rounding,
+    scheme_in_blocks = in_blocks(chosen.scheme, group_size, symmetric)
+    bits = replace(chosen.bits, target=chosen.bits.target if target_bits is None else target_bits,
+                   max_size=max_size or chosen.bits.max_size,
+                   block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
+    return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
+                   rounding=rounding or chosen.rounding, bits=bits,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
 
 
-def check_words(output_format: str, objective: str) -> None:
-    """Refuse a format or an objective that is not known. Raises UsageError."""
-    for what, value, known in (("format", output_format, FORMATS), ("objective", objective, OBJECTIVES)):
+def several(shapes: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Free axis -> its sizes."""
+    return {axis: (n,) if isinstance(n, int) else tuple(n) for axis, n in shapes.items()}
+
+
+def check(request: Request, output_format: str, force: bool) -> None:
+    """Refuse what can't be asked for; `output_format` is the format by the name that it was asked by."""
+    for what, value, known in (("format", output_format, FORMATS), ("objective", request.objective, OBJECTIVES)):
         if value not in known:
             raise UsageError(f"there is no {what} {value!r}; use one of {', '.join(known)}")
-
-
-def check(request: Request, force: bool) -> None:
     request.goal.check()
     if request.calib is None and request.evaluation is None:
         for name, asked in (("--max-drop", request.goal.max_drop), ("--metric", request.goal.metric)):

@@ -6,7 +6,7 @@ The named ones are YAML files in `onnxq/recipes/`.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -94,6 +94,24 @@ class Scheme:
 FLOAT = Scheme("float", "nothing is quantized")
 
 
+def in_blocks(given: Scheme, block_size: int | None = None, symmetric: bool | None = None) -> Scheme:
+    """A weight-only scheme with other blocks, or with codes of the other sort: uint4 for int4 and the like.
+
+    What is None stays. Raises UsageError for a scheme of another kind, RecipeError for a size without a kernel.
+    """
+    if block_size is None and symmetric is None:
+        return given
+    if not given.is_weight_only or given.weights is None:
+        asked = "--group-size" if block_size is not None else "--symmetric" if symmetric else "--asymmetric"
+        raise UsageError(f"{asked} is for weights in blocks beside float activations, which scheme {given.name} does "
+                         f"not have; choose {', '.join(weight_only_names())}, or leave it out")
+    weights = given.weights
+    symmetric = weights.symmetric if symmetric is None else symmetric
+    dtype = weights.dtype.removeprefix("u")
+    return replace(given, weights=replace(weights, block_size=block_size or weights.block_size, symmetric=symmetric,
+                                          dtype=dtype if symmetric else f"u{dtype}"))
+
+
 def scheme_names() -> list[str]:
     """Names of the schemes that ship with onnxq."""
     folder = resources.files("onnxq").joinpath("recipes")
@@ -114,3 +132,8 @@ def scheme(name: str) -> Scheme:
         return FLOAT
     built: Scheme = build(Scheme, yaml.safe_load(scheme_text(name)), "scheme")
     return built
+
+
+def weight_only_names() -> list[str]:
+    """Named schemes that keep activations float and weights in blocks."""
+    return [name for name in scheme_names() if scheme(name).is_weight_only]

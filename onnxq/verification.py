@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import plugins
+from onnxq import plugins, sizes
 from onnxq.calibration.readers import Dataset
 from onnxq.errors import DataError, ModelError, UsageError
 from onnxq.graph import read_nodes
@@ -23,7 +23,17 @@ from onnxq.numerics.metrics import Metric, drop, make_metric
 from onnxq.passes.manager import Removals
 from onnxq.plan import FLOAT, MOVES_CODES, STORED, NodePlan, Plan
 from onnxq.progress import Progress, Silent
-from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Report, Semantic, Stage, Verdict
+from onnxq.report.report import (
+    Accuracy,
+    Latency,
+    NodeRow,
+    OutputAccuracy,
+    Report,
+    Semantic,
+    Size,
+    Stage,
+    Verdict,
+)
 from onnxq.report.wording import FOLDED
 from onnxq.runtime import compare, measure
 from onnxq.runtime.observe import Executed, Planned, executed, match
@@ -160,6 +170,13 @@ def _judge(result: Accuracy, goal: Goal, worst: float | None, verdict: Verdict) 
                 f"a drop of {result.drop:.3g}, above the {budget} allowed")
     if goal.min_sqnr is not None and worst is not None and worst < goal.min_sqnr:
         verdict.failures.append(f"the least SQNR of an output is {worst:.1f} dB, below the {goal.min_sqnr:g} dB wanted")
+
+
+def check_size(found: Size, most_bytes: int | None, verdict: Verdict) -> None:
+    """A file that is larger than was asked for is a failure."""
+    if most_bytes is not None and found.compiled_bytes > most_bytes:
+        taken, allowed = sizes.text(found.compiled_bytes), sizes.text(most_bytes)
+        verdict.failures.append(f"the file takes {taken}, above the {allowed} allowed")
 
 
 def semantic(reference: str | Path, compiled: str | Path, twin: str | Path, feeds: Sequence[Feed],

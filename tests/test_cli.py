@@ -30,9 +30,10 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analys
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
-    "ranges": None, "outliers": None, "rounding": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0,
-    "format": "auto", "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced",
-    "shapes": {}, "save_plan": None, "plan": None, "dump": None, "dump_after": None}
+    "ranges": None, "outliers": None, "rounding": None, "group_size": None, "symmetric": None, "target_bits": None,
+    "max_size": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto",
+    "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
+    "save_plan": None, "plan": None, "dump": None, "dump_after": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
@@ -122,6 +123,11 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--ranges", "auto"], {"ranges": "auto"}),
     (["--outliers", "none"], {"outliers": "none"}),
     (["--rounding", "nearest"], {"rounding": "nearest"}),
+    (["--group-size", "64"], {"group_size": 64}),
+    (["--symmetric"], {"symmetric": True}),
+    (["--asymmetric"], {"symmetric": False}),
+    (["--target-bits", "4.5"], {"target_bits": 4.5}),
+    (["--max-size", "40MB"], {"max_size": "40MB"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
     (["--fallback", "3"], {"fallback": 3}),
     (["--fallback", "0"], {"fallback": 0}),
@@ -229,11 +235,13 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
     compiled = replace("compile", report())
     result = onnxq("compile", "--print-recipe", "--calib", "c.npz", "--samples", "5", "--batch", "2", "--metric", "f1",
                    "--max-drop", "1%", "--keep-float", "x*", "--threads", "3", "--outliers", "smooth", "--rounding",
-                   "auto")
+                   "auto", "--group-size", "64", "--asymmetric")
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
-                           "ranges": None, "outliers": "smooth", "rounding": "auto", "metric": "f1",
-                           "max_drop": "1%", "keep_float": ("x*",), "fallback": None})]
+                           "ranges": None, "outliers": "smooth", "rounding": "auto", "group_size": 64,
+                           "symmetric": False, "target_bits": None, "max_size": None, "metric": "f1",
+                           "max_drop": "1%", "keep_float": ("x*",),
+                           "fallback": None})]
     assert compiled == []
 
 
@@ -357,7 +365,8 @@ def test_a_missing_model_is_3(onnxq, tmp_path, command):
 
 @pytest.mark.parametrize("options", [
     ["--scheme", "w9a9"], ["--scheme", "w8a8"], ["--metric", "nonsense"], ["--max-drop", "lots"],
-    ["--recipe", "missing.yaml"]])
+    ["--recipe", "missing.yaml"], ["--group-size", "64"], ["--scheme", "w4a16", "--group-size", "48"],
+    ["--target-bits", "4.5"], ["--scheme", "w4a16", "--max-size", "small"]])
 def test_what_the_library_calls_wrong_usage_is_2(onnxq, tmp_path, options):
     result = onnxq("compile", str(tmp_path / "m.onnx"), *options)
     assert (result.status, result.out) == (2, "")
@@ -511,7 +520,8 @@ def test_an_unknown_scheme_gets_near_ones(onnxq):
 
 
 @pytest.mark.parametrize(("options", "name"), [([], "w8a8-dynamic"), (["--calib", "c.npz"], "w8a8"),
-                                               (["model.onnx", "--scheme", "w8a8"], "w8a8")])
+                                               (["model.onnx", "--scheme", "w8a8"], "w8a8"),
+                                               (["--scheme", "w4a16", "--group-size", "64", "--symmetric"], "w4a16")])
 def test_print_recipe_can_be_read_back(onnxq, tmp_path, options, name):
     result = onnxq("compile", "--print-recipe", *options)
     assert (result.status, result.err) == (0, "")

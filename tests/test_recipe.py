@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onnxq import recipe, schemes
+from onnxq import recipe, request, schemes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.numerics import dtypes
 from onnxq.recipe import BudgetSpec, Calibration, Fallback, Match, Recipe, Rule
@@ -256,3 +256,35 @@ def test_scheme_names() -> None:
 def test_a_name_fits_itself_whatever_brackets_are_in_it() -> None:
     assert recipe.matches("layer[0]/{x}", ["layer[0]/{x}"])
     assert not recipe.matches("layer[0]", ["layer[1]"])
+
+
+# ------------------------------------------------------------------ other blocks
+
+
+@pytest.mark.parametrize(("name", "block_size", "symmetric", "wanted"), [
+    ("w4a16", None, None, ("uint4", False, 32)), ("w4a16", 128, None, ("uint4", False, 128)),
+    ("w4a16", None, True, ("int4", True, 32)), ("w4a16", 16, False, ("uint4", False, 16)),
+    ("w8a16", 64, False, ("uint8", False, 64)), ("w2a16", None, True, ("int2", True, 32))])
+def test_blocks_are_replaced(name: str, block_size: int | None, symmetric: bool | None,
+                             wanted: tuple[str, bool, int]) -> None:
+    found = schemes.in_blocks(schemes.scheme(name), block_size, symmetric)
+    weights = found.weights
+    assert weights is not None
+    assert (weights.dtype, weights.symmetric, weights.block_size) == wanted
+    assert dataclasses.replace(found, weights=None) == dataclasses.replace(schemes.scheme(name), weights=None)
+    assert request.resolve(scheme=name, group_size=block_size, symmetric=symmetric).scheme == found
+
+
+@pytest.mark.parametrize(("name", "block_size", "symmetric", "option"), [
+    ("w8a8", 64, None, "--group-size"), ("w8a8-dynamic", None, False, "--asymmetric"), ("float", 32, True, "--group"),
+    ("w8a8", None, True, "--symmetric")])
+def test_other_schemes_have_no_blocks_to_replace(name: str, block_size: int | None, symmetric: bool | None,
+                                                 option: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{option}.* scheme {name} does not have; choose w2a16, w4a16, w8a16"):
+        request.resolve(scheme=name, group_size=block_size, symmetric=symmetric)
+    assert request.resolve(scheme=name).scheme == schemes.scheme(name)
+
+
+def test_a_size_of_blocks_without_a_kernel_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^scheme\.weights\.block_size: 48 has no kernel here; use 16, 32"):
+        request.resolve(scheme="w4a16", group_size=48)

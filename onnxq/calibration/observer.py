@@ -36,6 +36,13 @@ class Statistic(Protocol):
         """Fold in one batch."""
 
 
+class Paired(Protocol):
+    """What a tensor and its reference are folded into."""
+
+    def update(self, reference: npt.NDArray[Any], result: npt.NDArray[Any]) -> None:
+        """Fold in one batch of both."""
+
+
 class Halves(Protocol):
     """Two statistics of the same tensor that see every other row of the data each: one to search on, one to judge by
     what it has not seen."""
@@ -88,17 +95,24 @@ def compare(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], 
     `beside` are statistics of tensors of the first graph, folded in the same run. Positions that a fed
     attention_mask hides are left out of tensors [B, S, K]. Raises DataError as `fold` does.
     """
+    found = {key: Comparison() for key in pairs}
+    fold_pairs(graphs, pairs, found, data, how, options, progress, beside)
+    return found
+
+
+def fold_pairs(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]], running: Mapping[Key, Paired],
+               data: Dataset, how: Calibration, options: SessionOptions, progress: Progress | None = None,
+               beside: Mapping[str, Sequence[Statistic]] | None = None) -> None:
+    """Fold a computed tensor and its reference into what `running` has of the same key; all else as for `compare`."""
     wanted = [[there for _, k, there in pairs.values() if k == index] for index in range(len(graphs))]
     wanted[0] += [*(reference for reference, _, _ in pairs.values()), *(beside or {})]
-    found = {key: Comparison() for key in pairs}
     for batch, made in _runs(graphs, wanted, data, how, options, progress, "compare"):
         real = real_positions(batch.feed)
         for name, statistics in (beside or {}).items():
             for statistic in statistics:
                 _fold(statistic, without_padding(made[0][name], real), name, batch)
         for key, (reference, index, name) in pairs.items():
-            found[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
-    return found
+            running[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
 
 
 def _runs(graphs: Sequence[Graph], wanted: Sequence[Sequence[str]], data: Dataset, how: Calibration,

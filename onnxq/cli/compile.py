@@ -11,12 +11,14 @@ from onnxq.cli.options import (
     DATA,
     POSITIVE,
     debug_option,
+    group_size_option,
     json_option,
     max_drop_option,
     metric_option,
     quiet_option,
     ranges_option,
     sizes,
+    symmetric_option,
     threads_option,
 )
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
@@ -41,6 +43,12 @@ from onnxq.targets import TARGETS
 @click.option("--rounding", type=click.Choice(ROUNDINGS),
               help="How weights are rounded: auto is by GPTQ where that keeps a layer's results better on data that it "
                    "has not seen.  [default: auto, or the recipe's]")
+@group_size_option
+@symmetric_option
+@click.option("--target-bits", type=float, metavar="BITS",
+              help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
+                   "scales, more where they matter.")
+@click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
@@ -91,6 +99,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --eval eval.npz --metric top1 --max-drop 0.5pt
       onnxq compile model.onnx --calib calib.npz --keep-float '*lm_head*' --report report/
       onnxq compile model.onnx --calib calib.npz --fallback 3
+      onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
+      onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
@@ -103,8 +113,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
         raise click.UsageError("--dump-after needs --dump DIR, the folder to write to.")
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
-        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "metric",
-                 "max_drop", "keep_float", "fallback")
+        names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
+                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

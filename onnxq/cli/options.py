@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from onnxq.schemes import BLOCK_SIZES
+
 DEBUG = "onnxq.debug"  # key of click's context: is --debug on
 DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, an .npy of token ids, MODULE:FUNCTION "
         "giving dicts, or the word random")
@@ -47,6 +49,13 @@ ranges_option = click.option(
     "--ranges", type=click.Choice(["auto", "minmax", "moving-average", "percentile", "entropy", "mse"]),
     help="How the ranges of activations are found; auto chooses by the error at layers' results.  [default: auto, or "
          "the recipe's]")
+group_size_option = click.option(
+    "--group-size", type=POSITIVE, metavar="N",
+    help=f"Weights that share a scale, for weight-only schemes: {', '.join(str(n) for n in BLOCK_SIZES)}.  [default: "
+         "the scheme's]")
+symmetric_option = click.option(
+    "--symmetric/--asymmetric", default=None,
+    help="Blocks without or with a zero point, for weight-only schemes.  [default: the scheme's]")
 threads_option = click.option("--threads", type=POSITIVE, metavar="N",
                               help="Threads of the runtime.  [default: the runtime's own choice]")
 metric_option = click.option(

@@ -4,7 +4,7 @@ from onnxq.graph.cut import alone, cut, expose_codes, repeat, up_to, weight_byte
 from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.identity import identity
 from onnxq.graph.load import load, read_nodes, stored_bytes
-from onnxq.graph.save import save
+from onnxq.graph.save import file_bytes, save
 from onnxq.graph.shared import Shared
 from onnxq.graph.tensors import (
     FLOAT32,
@@ -22,6 +22,6 @@ from onnxq.graph.types import element_types
 from onnxq.graph.versions import raise_opset
 
 __all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Tensor", "alone", "cut", "dtype_of",
-           "element_types", "expose_codes", "identity", "is_constant", "load", "narrow", "port_of", "raise_opset",
-           "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "type_number", "up_to", "weight_bytes", "widen",
-           "widen_attribute"]
+           "element_types", "expose_codes", "file_bytes", "identity", "is_constant", "load", "narrow", "port_of",
+           "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "type_number", "up_to",
+           "weight_bytes", "widen", "widen_attribute"]

@@ -22,6 +22,7 @@ from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_text, nb
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
+_LONGEST_FIELD = 6  # bytes that name a field of protobuf and its length
 _ALIGN = 4096  # offsets that can be memory-mapped
 
 Fill = Callable[[IO[bytes]], Any]
@@ -105,6 +106,17 @@ def outline(graph: Graph) -> onnx.ModelProto:
     for key, value in graph.metadata.items():
         model.metadata_props.add(key=key, value=value)
     return model
+
+
+def file_bytes(graph: Graph) -> int:
+    """Bytes of what `save` would write, external data included, without reading or making any weight.
+
+    At most a few bytes for each weight too many, and up to a page for each where they go into a file of their own.
+    """
+    weights = apart(graph)
+    held = sum(nbytes(t) for t in {t.name: t for t in constants_of(graph.ir)}.values())
+    each = _ALIGN if held > EXTERNAL_ABOVE else 2 * _LONGEST_FIELD
+    return outline(graph).ByteSize() + sum(nbytes(t) + each for t in weights.values())
 
 
 def _is_apart(tensor: gs.Constant) -> bool:

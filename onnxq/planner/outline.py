@@ -42,6 +42,14 @@ class Measured:
     per_token: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A scheme that one node was given by a budget, and why."""
+
+    scheme: Scheme
+    reason: str
+
+
 @dataclass
 class Outline:
     """Verdicts without scales.
@@ -85,17 +93,22 @@ _NOTHING = Measured()
 
 
 def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _NOTHING,
-            sensitive: Mapping[str, str] = MappingProxyType({})) -> Outline:
+            sensitive: Mapping[str, str] = MappingProxyType({}),
+            chosen: Mapping[str, Chosen] = MappingProxyType({})) -> Outline:
     """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers).
 
     `measured` names nodes that don't run as the tables say, because timing said otherwise; `sensitive` maps a node that
-    stays float, weights included, since int8 would cost too much accuracy there, to the reason.
+    stays float, weights included, since int8 would cost too much accuracy there, to the reason; `chosen` one whose
+    weights have another format than the recipe says to that.
     """
     outliner = _Outliner(graph, recipe, target, measured, sensitive)
     found = outliner.run()
     if recipe.scheme.is_weight_only:
         free = {name: scheme for name, scheme in schemes(graph, recipe).items() if name not in outliner.kept}
+        free |= {name: one.scheme for name, one in chosen.items() if name in free}
         found.formats = weight_only.choose(graph, found.nodes, free, measured.refused, target)
+        for name, one in chosen.items():
+            found.nodes[name] = replace(found.nodes[name], reason=f"{found.nodes[name].reason}; {one.reason}")
         store(graph, found.nodes, outliner.kept)
         return found
     decided = {*outliner.kept, *measured.refused, *measured.per_token}

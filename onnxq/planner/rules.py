@@ -65,10 +65,17 @@ def verdicts(graph: Graph, recipe: Recipe) -> dict[str, str]:
 
 def schemes(graph: Graph, recipe: Recipe) -> dict[str, Scheme]:
     """Node name -> the scheme that the first rule that matches gives it, else the recipe's; bodies included."""
+    ruled = named(graph, recipe)
+    return {node.name: ruled.get(node.name, recipe.scheme) for node, _ in graph.walk()}
+
+
+def named(graph: Graph, recipe: Recipe) -> dict[str, Scheme]:
+    """Node name -> the scheme of the first rule that matches it, for nodes that any rule is for."""
     found: dict[str, Scheme] = {}
     for node, holder in graph.walk():
         names = names_of(holder, node)
         name = next((r.scheme for r in recipe.rules if r.match.op in (None, node.op)
-                     and (r.match.name is None or matches(r.match.name, names))), recipe.scheme.name)
-        found[node.name] = recipe.scheme if name == recipe.scheme.name else named_scheme(name)
+                     and (r.match.name is None or matches(r.match.name, names))), None)
+        if name is not None:
+            found[node.name] = recipe.scheme if name == recipe.scheme.name else named_scheme(name)
     return found

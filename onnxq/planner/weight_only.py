@@ -39,9 +39,9 @@ def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Schem
     if target.portable:
         refused = {**refused, **_unfused(graph, schemes)}
     barred = {name for name, verdict in nodes.items() if name not in schemes or verdict.scheme != FLOAT}
-    for name, readers in _readers(graph).items():
-        takers = [(holder, node) for holder, node in readers if node.name in schemes and node.name not in barred]
-        if len(takers) < len(readers) or not all(_takes(holder, node, name) for holder, node in takers):
+    for name, reading in readers(graph).items():
+        takers = [(holder, node) for holder, node in reading if node.name in schemes and node.name not in barred]
+        if len(takers) < len(reading) or not all(_takes(holder, node, name) for holder, node in takers):
             continue
         axes = {axis(node) for _, node in takers}
         spec = schemes[takers[0][1].name].weights
@@ -54,7 +54,8 @@ def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Schem
     return found
 
 
-def _readers(graph: Graph) -> dict[str, list[tuple[Graph, Node]]]:
+def readers(graph: Graph) -> dict[str, list[tuple[Graph, Node]]]:
+    """Matrix that is a constant -> the nodes that read it, each with the graph that holds it; bodies included."""
     found: dict[str, list[tuple[Graph, Node]]] = {}
     for node, holder in graph.walk():
         for tensor in node.inputs:
@@ -102,13 +103,13 @@ def block_params(values: npt.NDArray[np.float32], scheme: Scheme) -> QuantParams
 
 def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict[str, NodePlan], scheme: str,
             refused: Mapping[str, str], target: Target, barred: Collection[str]) -> None:
-    kernel = target.lowerings.get((node.op, "blocks"))
-    why = refused.get(node.name) or _no_kernel(node, spec, target)
+    why = refused.get(node.name) or no_kernel(node, spec, target)
     stored = f"{spec.dtype} weights in blocks of {spec.block_size}"
-    if why is not None or kernel is None:
+    if why is not None:
         nodes[node.name] = NodePlan(node.name, node.op, STORED, STORED, f"{stored}: {_DECODED}: {why}",
                                     weight=weight, activation=UNTOUCHED)
         return
+    kernel = target.lowerings[(node.op, "blocks")]
     link = chain(graph, node, barred) if node.op in LINEAR else Chain(node, None, None, node.outputs[0])
     add = link.bias_add
     what = "whose rows are decoded as they are read" if node.op == "Gather" else "decoded as they are multiplied"
@@ -119,7 +120,8 @@ def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict
                                   reason=f"computed by the kernel of {node.name}", part_of=node.name)
 
 
-def _no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
+def no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
+    """Why a node's weight in blocks is decoded as the model is loaded; None where a kernel reads it."""
     if (node.op, "blocks") not in target.lowerings:
         return f"{target.name} has no kernel for such weights"
     if node.op == "Gather" and by_name(spec.dtype).bits == 2:
@@ -166,6 +168,19 @@ def opset(graph: Graph, schemes: Mapping[str, Scheme]) -> int:
     """The opset from which on DequantizeLinear takes the blocks of all of a graph's schemes; 0 where there are none."""
     specs = [schemes[n.name].weights for n, _ in graph.walk() if n.name in schemes and n.op in LINEAR]
     return max((opset_of(by_name(s.dtype)) for s in specs if s is not None and s.block_size is not None), default=0)
+
+
+def stored_bytes(shape: tuple[int, ...], along: int, spec: TensorSpec, packed: bool) -> int:
+    """Bytes of a weight [K, N] with blocks along axis `along`: codes, float32 scales and zero points.
+
+    packed: as kernels read them, codes and zero points in fields of as many bits; else each in a byte.
+    """
+    assert spec.block_size is not None
+    count, rows, width = -(-shape[along] // spec.block_size), shape[1 - along], by_name(spec.dtype).bits
+    if not packed:
+        return rows * count * (spec.block_size + 4 + (0 if spec.symmetric else 1))
+    inputs = shape[1] if along else count * spec.block_size
+    return rows * (-(-inputs * width // 8) + 4 * count + (0 if spec.symmetric else -(-count * width // 8)))
 
 
 def bits(spec: TensorSpec) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from onnxq import sizes
 from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
 
 INT8, STORED, GIVEN, FLOAT, FOLDED = "quantized", "stored", "given", "float", "folded"
@@ -39,12 +40,7 @@ def generated(found: Mapping[str, Any]) -> str:
 
 def size(count: int) -> str:
     """Bytes in decimal units: '519.3 kB'."""
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 999.95:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000.0
-    return f"{value:.2f} GB"
+    return sizes.text(count)
 
 
 def size_change(found: Size) -> str:
