@@ -13,7 +13,7 @@ import pytest
 from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, UINT4, UINT8, DType
-from onnxq.plan import BOUNDED, FLOORED, GIVEN, STORED, Masking, NodePlan, Plan, Smoothing
+from onnxq.plan import BOUNDED, FLOORED, GIVEN, STORED, Blocks, Masking, NodePlan, Plan, Smoothing
 
 
 def params(scale: object, zero: object, dtype: DType, axis: int | None = None, block: int | None = None) -> QuantParams:
@@ -37,7 +37,8 @@ def example() -> Plan:
         smoothings={s.tensor: s for s in (
             Smoothing("x/1:0", ("conv/1", "conv/2"), np.float32([0.5, 2]), 1, True),
             Smoothing("h", ("fc",), np.float32([0.5, 1, 2]), -1, False, np.array([0, 1, 1])))},
-        rounded={"w": np.int8([[1], [-127], [3]]), "layers.0/w:0": np.int8([[5]])})
+        rounded={"w": np.int8([[1], [-127], [3]]), "layers.0/w:0": np.int8([[5]])},
+        blocks={"w:8": Blocks(UINT4, 32, 0, "mse"), "table": Blocks(INT8, 128, 1, "absmax")})
 
 
 def smoothing(plan: Plan, **fields: object) -> None:
@@ -54,6 +55,10 @@ def verdict(plan: Plan, **fields: object) -> None:
     plan.nodes["conv/1"] = dataclasses.replace(plan.nodes["conv/1"], **fields)  # type: ignore[arg-type]
 
 
+def blocks(plan: Plan, **fields: object) -> None:
+    plan.blocks["w:8"] = dataclasses.replace(plan.blocks["w:8"], **fields)  # type: ignore[arg-type]
+
+
 def weight(plan: Plan, **fields: object) -> None:
     plan.weights["w"] = dataclasses.replace(plan.weights["w"], **fields)  # type: ignore[arg-type]
 
@@ -64,7 +69,8 @@ def test_round_trip(tmp_path: Path) -> None:
     again = Plan.load(tmp_path)
     assert again.digest() == plan.digest()
     assert (again.scheme, again.target, again.nodes) == (plan.scheme, plan.target, plan.nodes)
-    assert (again.added, again.maskings) == (plan.added, plan.maskings)
+    assert (again.added, again.maskings, again.blocks) == (plan.added, plan.maskings, plan.blocks)
+    assert [b.symmetric for b in again.blocks.values()] == [False, True]
     assert list(again.nodes) == list(plan.nodes)
     assert list(again.smoothings) == list(plan.smoothings)
     for name, one in again.smoothings.items():
@@ -96,6 +102,14 @@ def test_the_same_plan_gives_the_same_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "plan.json").read_text())["nodes"][0]["int_inputs"] == [0, 1]
 
 
+def test_what_is_timed_has_scales_that_are_found_quickly() -> None:
+    plan = example()
+    quick = plan.to_time()
+    assert {b.search for b in quick.blocks.values()} == {"absmax"}
+    assert {k: dataclasses.replace(b, search="absmax") for k, b in plan.blocks.items()} == quick.blocks
+    assert plan.blocks["w:8"].search == "mse", "the plan itself stays"
+
+
 def test_an_empty_plan(tmp_path: Path) -> None:
     Plan("float", "cpu").save(tmp_path)
     assert Plan.load(tmp_path) == Plan("float", "cpu")
@@ -120,6 +134,11 @@ EDITS: dict[str, Callable[[Plan], None]] = {
     "shape": lambda p: weight(p, scale=p.weights["w"].scale[None], zero_point=p.weights["w"].zero_point[None]),
     "name": lambda p: p.weights.update(w2=p.weights.pop("w")),
     "activation": lambda p: p.activations.update(x=params(0.1, 127, UINT8)),
+    "blocks": lambda p: p.blocks.pop("table"),  # type: ignore[arg-type, return-value]
+    "block size": lambda p: blocks(p, block_size=64),
+    "block type": lambda p: blocks(p, dtype=INT8),
+    "block axis": lambda p: blocks(p, axis=1),
+    "search": lambda p: blocks(p, search="absmax"),
     "added": lambda p: p.added.update(where=-1e30),
     "not added": lambda p: p.added.pop("where"),  # type: ignore[arg-type, return-value]
     "form": lambda p: p.maskings.update({"soft max": Masking("soft max", FLOORED, -51.125)}),

@@ -39,8 +39,8 @@ class Drift:
     def merge(self, other: Drift) -> None:
         """Fold in everything that `other` has seen."""
         self._own.merge(other._own)
-        self._cross = self._cross + other._cross if self._cross.size and other._cross.size else (
-            self._cross if self._cross.size else other._cross)
+        if other._cross.size:
+            self._cross = self._cross + other._cross if self._cross.size else other._cross.copy()
 
     def hessian(self) -> Floats:
         """a^T a, [K, K]."""

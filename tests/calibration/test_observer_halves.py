@@ -81,3 +81,22 @@ def test_comparisons_leave_it_out_too(opened: Opener) -> None:
     found = observer.compare([graph], {"m": ("m", 0, "m")},
                              open_data([{"x": x, "attention_mask": mask}], graph.ports()), ALL, ONE_THREAD)
     assert found["m"].count == int(mask.sum()) * K
+
+
+def test_a_twin_is_seen_beside_the_graph(opened: Opener) -> None:
+    """The same positions of the same rows: first what the other form makes, then what the graph does."""
+    graph = masked(opened)
+    twin = opened(make_model([node("Abs", "x", "m"), node("Cast", "attention_mask", "c", to=1),
+                              node("ReduceSum", "c", "y")],
+                             {"x": ["N", S, K], "attention_mask": (I64, ["N", S])}, {"y": None}))
+    x = random(6, S, K)
+    mask = (np.arange(S) < np.array([5, 2, 3, 1, 4, 5])[:, None]).astype(np.int64)
+    found = {"m": Split()}
+    given = [{"x": x[:4], "attention_mask": mask[:4]}, {"x": x[4:], "attention_mask": mask[4:]}]
+    steps: list[int] = []
+    observer.fold(graph, found, open_data(given, graph.ports()), ALL, ONE_THREAD, steps.append, [], twin)
+    both = np.concatenate([np.abs(x), -x], axis=-1)
+    for half, rows in zip(found["m"].halves, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+        np.testing.assert_array_equal(np.concatenate([b.reshape(-1, 2 * K) for b in half.batches]),
+                                      both[rows][mask[rows] == 1])
+    assert steps == [4, 6]

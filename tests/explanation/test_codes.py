@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from blocks_support import form, linear, planned, written
 from conftest import make_model, node, random
 from lowering_support import NETWORK_FEEDS, make, network
 from onnx import TensorProto
 
 from onnxq.explanation import codes
 from onnxq.graph import Graph, load
-from onnxq.numerics import affine
-from onnxq.numerics.dtypes import INT4, INT8, UINT8
+from onnxq.numerics import affine, blocks
+from onnxq.numerics.dtypes import INT4, INT8, UINT4, UINT8
 from onnxq.report.report import Encoding
 
 Opener = Callable[[onnx.ModelProto], Graph]
@@ -167,3 +168,61 @@ def test_connect_names_what_a_kernel_reads_and_makes(tmp_path: Path) -> None:
     assert rows["MatMul_m"].weights == ["w7"]
     assert rows["MatMul_m"].codes_out is None
     assert INT8.name == codes.planned(made.plan, load(made.canonical))["w7"].dtype
+
+
+# ------------------------------------------------------------------ weights in blocks
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("fmt", ["qoperator", "qdq", None], ids=["kernel", "portable", "decoded"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_read_back_from_every_form(bits: int, fmt: str | None, symmetric: bool, tmp_path: Path) -> None:
+    """72 inputs fill two blocks and a quarter."""
+    model, _ = linear(72, 40, opset=21)
+    how = form(bits, 32, symmetric)
+    made = written(model, tmp_path, {"w": how}, fmt)
+    params = blocks.choose(random(72, 40) / 4, how.dtype, 32, symmetric)
+    graph = load(made.path)
+    found = codes.stored(graph)
+    row = next(codes.row_of(n, graph, found) for n in graph.nodes if n.op in ("MatMul", "MatMulNBits"))
+    [name] = row.weights
+    told, wanted = found[name], codes.of_params(params, 72 * 40)
+    assert row.scheme == ("stored" if fmt is None else "")
+    assert (row.codes_in, row.codes_out) == ([], None)
+    kernel = fmt == "qoperator"  # its codes count from 0, and lie by outputs
+    assert told.dtype == (f"uint{bits}" if kernel else how.dtype.name)
+    assert (told.granularity, told.block_size, told.scales) == ("block", 32, 3 * 40)
+    assert told.axis == (1 if kernel else 0)
+    assert (told.scale, told.least_scale, told.greatest_scale) == (
+        wanted.scale, wanted.least_scale, wanted.greatest_scale)
+    assert (told.low, told.high) == (wanted.low, wanted.high)
+    if symmetric:
+        assert told.zero_point == (2 ** (bits - 1) if kernel else 0)
+    whole = 72 if fmt == "qdq" else 96  # the last block is filled up
+    assert (told.float_bytes, told.code_bytes) == (4 * 72 * 40, whole * 40 * bits // 8 + 4 * 3 * 40)
+
+
+@pytest.mark.parametrize("fmt", ["qoperator", None], ids=["kernel", "decoded"])
+def test_blocks_of_a_table_are_read_back(fmt: str | None, tmp_path: Path) -> None:
+    model = make_model([node("Gather", "t i", "y")], {"i": (TensorProto.INT64, ["n"])}, {"y": None},
+                       {"t": random(50, 64)}, opset=21, ir_version=10)
+    made = written(model, tmp_path, {"t": form(4, 32, False, 1)}, fmt)
+    params = blocks.choose(random(50, 64).T, UINT4, 32, False)
+    graph = load(made.path)
+    found = codes.stored(graph)
+    [name] = next(codes.row_of(n, graph, found) for n in graph.nodes if n.op.startswith("Gather")).weights
+    told, wanted = found[name], codes.of_params(params, 50 * 64)
+    assert (told.dtype, told.axis, told.block_size, told.scales) == ("uint4", 1, 32, 100)
+    assert (told.low, told.high, told.scale) == (wanted.low, wanted.high, wanted.scale)
+    assert (told.float_bytes, told.code_bytes) == (wanted.float_bytes, wanted.code_bytes)
+
+
+def test_blocks_that_a_plan_has_not_found_yet(opened: Opener) -> None:
+    """Their number is known, their values are not."""
+    model, _ = linear(72, 40)
+    graph = opened(model)
+    for symmetric in (True, False):
+        [found] = codes.planned(planned(graph, {"w": form(4, 32, symmetric)}), graph).values()
+        assert found == Encoding("int4" if symmetric else "uint4", "block", zero_point=0 if symmetric else None, axis=0,
+                                 block_size=32, scales=120, float_bytes=4 * 72 * 40,
+                                 code_bytes=(72 * 40 * 4 + 120 * (32 if symmetric else 36)) // 8)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Opener, make_model, node, random, run
 
-from onnxq.graph import Graph, alone, cut, expose_codes, repeat, save, weight_bytes
+from onnxq.graph import Graph, alone, cut, expose_codes, repeat, save, up_to, weight_bytes
 
 X = random(2, 4)
 W = random(4, 8)
@@ -43,6 +43,16 @@ def test_a_part_computes_what_it_does_in_the_whole_and_leaves_it_alone(opened: O
     np.testing.assert_allclose(found["b"], np.maximum(X @ W, 0), rtol=1e-5, atol=1e-6)
     assert [n.name for n in graph.nodes] == ["first", "second", "last"]
     assert all(len(n.outputs) for n in graph.nodes)
+
+
+def test_what_computes_a_tensor(opened: Opener, tmp_path: Path) -> None:
+    graph = chained(opened)
+    part = up_to(graph, ["a", "b", "a"])
+    assert ([n.name for n in part.nodes], [t.name for t in part.outputs]) == (["first", "second"], ["a", "b"])
+    found = run(saved(part, tmp_path), {"x": X})
+    np.testing.assert_allclose(found["a"], X @ W, rtol=1e-5, atol=1e-6)
+    assert [n.name for n in up_to(graph, ["a"]).nodes] == ["first"]
+    assert ([n.name for n in graph.nodes], [t.name for t in graph.outputs]) == (["first", "second", "last"], ["y"])
 
 
 def test_types_and_ranks_that_nobody_inferred_come_from_the_values(opened: Opener) -> None:
