@@ -4,6 +4,7 @@ from onnxq.graph.cut import alone, cut, expose_codes, repeat, weight_bytes
 from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.load import load, read_nodes, stored_bytes
 from onnxq.graph.save import save
+from onnxq.graph.switched import Switch, switched
 from onnxq.graph.tensors import (
     FLOAT32,
     HALF,
@@ -18,6 +19,6 @@ from onnxq.graph.tensors import (
 )
 from onnxq.graph.types import element_types
 
-__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Tensor", "alone", "cut", "dtype_of", "element_types",
-           "expose_codes", "is_constant", "load", "narrow", "port_of", "read_nodes", "repeat", "save", "shape_of",
-           "stored_bytes", "type_number", "weight_bytes", "widen", "widen_attribute"]
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Switch", "Tensor", "alone", "cut", "dtype_of",
+           "element_types", "expose_codes", "is_constant", "load", "narrow", "port_of", "read_nodes", "repeat", "save",
+           "shape_of", "stored_bytes", "switched", "type_number", "weight_bytes", "widen", "widen_attribute"]
