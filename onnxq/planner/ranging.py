@@ -32,7 +32,7 @@ MSE = "mse"
 # what gains less at linear layers gained nothing on the models measured, and cost the rarest rows of one (minilm: least
 # cosine 0.995 instead of 0.998), whichever way its outputs went on average
 _PROMISING, _PROMISING_OF_ROWS = 0.9, 0.5
-_MOST = 32  # tensors that are tried, those first that promise most: each takes as long as running the model
+_MOST = 24  # tensors that are tried, those first that promise most: each takes as long as running the model
 
 
 def _extremes(seen: Histogram, share: float = 1.0) -> Range:

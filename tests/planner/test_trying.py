@@ -1,7 +1,8 @@
-"""Ranges by the model's outputs: the best one that wins on the first rows and on the others."""
+"""Ranges by the model's outputs: the best one that wins on the first rows and, with all that do, on the others."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from conftest import make_model, node, random
 from search_support import K, N, case, linear
 
+from onnxq.calibration.readers import open_data
 from onnxq.planner import trying
 
 WIDE, CLOSE, NARROW = (-8.0, 8.0), (-4.0, 4.0), (-0.5, 0.5)
@@ -58,3 +60,17 @@ def test_outputs_of_other_types_tell_nothing(tmp_path: Path) -> None:
     model.graph.output[0].type.tensor_type.elem_type = 7
     of = case(model, tmp_path, random(64, 4, K), batch=8)
     assert trying.best(of.graph, of.found.nodes, {"x": [WIDE, CLOSE]}, of.by) == {"x": WIDE}
+
+
+def test_of_those_that_fail_together_each_that_wins_by_itself_is_taken(tmp_path: Path) -> None:
+    """Behind the first rows u is larger than its narrow range, which spoils what the one of x gains."""
+    model = make_model([node("MatMul", "x w", "s", name="first"), node("MatMul", "u v", "t", name="second"),
+                        node("Concat", "s t", "y", axis=-1)],
+                       {"x": ["rows", 4, K], "u": ["rows", 4, K]}, {"y": None}, {"w": random(K, N), "v": random(K, N)})
+    x = np.clip(random(128, 4, 2 * K), -4, 4)
+    x[trying.FIRST:, :, K:] *= 4
+    of = case(model, tmp_path, x[..., :K], batch=8)
+    data = open_data([{"x": part[..., :K], "u": part[..., K:]} for part in np.split(x, 16)], of.graph.ports())
+    tries = {name: [(-16.0, 16.0), CLOSE] for name in ("x", "u")}
+    found = trying.best(of.graph, of.found.nodes, tries, replace(of.by, data=data))
+    assert found == {"x": CLOSE, "u": (-16.0, 16.0)}
