@@ -178,14 +178,15 @@ class Planning:
         with self.stage("calibrate"):
             self.used_data = self.seen_masks = True
             self._start(how.samples)
-            read = [g for g in groups(self.graph, found.nodes) if g.name in unknown] if how.ranges == AUTO else []
-            chosen = {g.name for g in read}
-            running = observer.make([name for name in unknown if name not in chosen], how,
-                                    self.recipe.scheme.activations)
-            found_ranges = ranging.choose(self.hiding.graph, read, self._by(), [running, beside])
+            auto = how.ranges == AUTO
+            read = [g for g in groups(self.graph, found.nodes) if g.name in unknown] if auto else []
+            others = [name for name in unknown if name not in {g.name for g in read}]
+            running = {} if auto else observer.make(others, how, self.recipe.scheme.activations)
+            chosen = ranging.choose(self.hiding.graph, found.nodes, read, self._by(), [running, beside],
+                                    others if auto else ())
             for group in read:
-                self.ranges[group.name] = found_ranges[group.name].bounds
-                self.escaped |= escaped(group, found_ranges[group.name], self.recipe, self.target)
+                self.escaped |= escaped(group, chosen[group.name], self.recipe, self.target)
+            self.ranges |= {name: one.bounds for name, one in chosen.items()}
             self.ranges |= {name: one.result() for name, one in running.items()}
 
     def _rank(self) -> dict[str, str]:

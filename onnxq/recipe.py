@@ -47,10 +47,10 @@ class Rule:
 class Calibration:
     """How the ranges of activations are found.
 
-    samples: rows used at most (None: all); batch: rows run at once. ranges: auto (for what a layer with weights reads,
-    the one of these that causes the least error at its result; minmax elsewhere), minmax, moving-average (of the minima
-    and maxima of the batches), percentile (`percentile` percent of the values lie inside), mse (the least squared
-    error) or entropy (the least loss of information).
+    samples: rows used at most (None: all); batch: rows run at once. ranges: auto (minmax, or another one that promises
+    less error at a layer's result and causes clearly less at the model's outputs), minmax, moving-average (of the
+    minima and maxima of the batches), percentile (`percentile` percent of the values lie inside), mse (the least
+    squared error) or entropy (the least loss of information).
     """
 
     samples: int | None = 128

@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 Tensors: TypeAlias = dict[str, npt.NDArray[Any]]
 Key = TypeVar("Key")
 
-AUTO = "auto"  # of the ranges: chosen by layers' errors; on its own, a tensor has the one between its extremes
+AUTO = "auto"  # of the ranges: chosen by errors; on its own, a tensor has the one between its extremes
 
 
 class Statistic(Protocol):
@@ -113,6 +113,32 @@ def fold_pairs(graphs: Sequence[Graph], pairs: Mapping[Key, tuple[str, int, str]
                 _fold(statistic, without_padding(made[0][name], real), name, batch)
         for key, (reference, index, name) in pairs.items():
             running[key].update(without_padding(made[0][reference], real), without_padding(made[index][name], real))
+
+
+def trials(graph: Graph, feeds: Mapping[Key, Mapping[str, npt.NDArray[Any]]], plain: Mapping[str, npt.NDArray[Any]],
+           outputs: Sequence[str], data: Dataset, how: Calibration, options: SessionOptions, first_row: int = 0,
+           ) -> dict[Key, dict[str, Comparison]]:
+    """Key -> the graph's outputs with its feed beside the data's, against those with the `plain` one, over the data
+    from about `first_row` on (whole batches).
+
+    Both feed inputs that the data don't have. Positions that a fed attention_mask hides are left out of tensors
+    [B, S, K]. Without any rows nothing is folded in.
+    """
+    found: dict[Key, dict[str, Comparison]] = {key: {name: Comparison() for name in outputs} for key in feeds}
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        path = Path(folder) / "trials.onnx"
+        save(graph, path)
+        session = Session(path, _calm(options))
+        for batch in data.batches(how.batch, how.samples):
+            if batch.first_row < first_row:
+                continue
+            real = real_positions(batch.feed)
+            wanted = session.run({**batch.feed, **plain}, outputs)
+            for key, feed in feeds.items():
+                made = session.run({**batch.feed, **plain, **feed}, outputs)
+                for name in outputs:
+                    found[key][name].update(*(without_padding(run[name], real) for run in (wanted, made)))
+    return found
 
 
 def _runs(graphs: Sequence[Graph], wanted: Sequence[Sequence[str]], data: Dataset, how: Calibration,

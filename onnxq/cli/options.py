@@ -47,7 +47,7 @@ debug_option = click.option("--debug", is_flag=True, is_eager=True, expose_value
                             help="Show the traceback of an error.")
 ranges_option = click.option(
     "--ranges", type=click.Choice(["auto", "minmax", "moving-average", "percentile", "entropy", "mse"]),
-    help="How the ranges of activations are found; auto chooses by the error at layers' results.  [default: auto, or "
+    help="How the ranges of activations are found; auto chooses by the error that they cause.  [default: auto, or "
          "the recipe's]")
 group_size_option = click.option(
     "--group-size", type=POSITIVE, metavar="N",

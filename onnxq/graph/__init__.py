@@ -6,6 +6,7 @@ from onnxq.graph.identity import identity
 from onnxq.graph.load import load, read_nodes, stored_bytes
 from onnxq.graph.save import file_bytes, save
 from onnxq.graph.shared import Shared
+from onnxq.graph.switched import Switch, switched
 from onnxq.graph.tensors import (
     FLOAT32,
     HALF,
@@ -21,7 +22,7 @@ from onnxq.graph.tensors import (
 from onnxq.graph.types import element_types
 from onnxq.graph.versions import raise_opset
 
-__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Tensor", "alone", "cut", "dtype_of",
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Switch", "Tensor", "alone", "cut", "dtype_of",
            "element_types", "expose_codes", "file_bytes", "identity", "is_constant", "load", "narrow", "port_of",
-           "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "type_number", "up_to",
-           "weight_bytes", "widen", "widen_attribute"]
+           "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "switched", "type_number",
+           "up_to", "weight_bytes", "widen", "widen_attribute"]

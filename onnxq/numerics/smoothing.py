@@ -122,15 +122,22 @@ def error(readers: Sequence[Reader], activation: Activation, s: Floats, low: flo
     others, then tells nothing about those. Rows below the median count as if they were as large as that. Otherwise
     all rows count by their mean.
     """
-    total = 0.0
+    return errors(readers, activation, s, low, high, results)[0 if alike else 1]
+
+
+def errors(readers: Sequence[Reader], activation: Activation, s: Floats, low: float, high: float,
+           results: Sequence[Floats]) -> tuple[float, float]:
+    """`error` with rows alike, and otherwise."""
+    own = mean = 0.0
     for reader, wanted in zip(readers, results, strict=True):
         columns = np.repeat(s, reader.repeat)
         x = activation.decoded(reader.rows / columns, low, high)
         off = x @ reader.decoded(reader.weight * columns[:, None]) - wanted
+        noise = np.square(off).sum(axis=1, dtype=np.float64)
         energy = np.square(wanted).sum(axis=1, dtype=np.float64)
-        size = np.maximum(energy, np.median(energy)) if alike else energy.mean()
-        total += float(np.mean(np.square(off).sum(axis=1, dtype=np.float64) / np.maximum(size, 1e-30)))
-    return total / len(readers)
+        own += float(np.mean(noise / np.maximum(np.maximum(energy, np.median(energy)), 1e-30)))
+        mean += float(noise.mean() / max(float(energy.mean()), 1e-30))
+    return own / len(readers), mean / len(readers)
 
 
 @dataclass
@@ -138,7 +145,9 @@ class Search:
     """Searches alpha and beta for readers of one tensor whose extremes, low and high [C], other rows gave.
 
     `tie` [C] names the source channel of each channel, where several have to share a factor (grouped heads); `alike`
-    says how rows count (see error).
+    says how rows count (see error). Where each row has its own range and rows count alike, the geometric mean of both
+    errors is what is minimized: rows of outliers, which some models grow and hardly read, must not lose more than the
+    others gain (minilm: 6 dB for 3, and a cosine of 0.9991 instead of 0.9995).
     """
 
     readers: Sequence[Reader]
@@ -179,8 +188,9 @@ class Search:
         if pair not in self.tried:
             s = self.factors(*pair, self.low, self.high)
             low, high = float((self.low / s).min()), float((self.high / s).max())
-            self.tried[pair] = error(self.readers, self.activation, s, low, high, self.results,
-                                     self.alike)
+            own, mean = errors(self.readers, self.activation, s, low, high, self.results)
+            both = self.alike and self.activation.per_row
+            self.tried[pair] = math.sqrt(own * mean) if both else own if self.alike else mean
         return self.tried[pair]
 
     def factors(self, alpha: float, beta: float, low: Floats, high: Floats) -> Floats:

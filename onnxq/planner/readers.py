@@ -31,7 +31,7 @@ Floats = npt.NDArray[np.float32]
 _MOST_BYTES = 256 << 20  # of rows that are held at once; a larger model is sampled in several runs
 _ROWS = 512  # per half of the data; more change nothing (measured: 384 to 2,000 rows)
 _OUTPUTS = 1024  # of a layer, as many as are tried out: a head's vocabulary has a hundred times more
-_BINS = 2048
+BINS = 2048
 _PATCH_BYTES = 8 << 20  # of one Conv's patches, whose rows are long
 
 
@@ -113,7 +113,7 @@ class _Half:
 
     def __init__(self, group: Group, histogram: bool) -> None:
         self.sample = Sampled(group.views, group.rows())
-        self.histogram = Histogram(_BINS) if histogram else None
+        self.histogram = Histogram(BINS) if histogram else None
 
     def update(self, x: npt.NDArray[Any]) -> None:
         self.sample.update(x)

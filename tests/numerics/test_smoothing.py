@@ -165,6 +165,8 @@ def test_rows_count_by_what_they_are_themselves():
     coarse = Activation(INT8, True)
     one = smoothing.error([reader], coarse, np.ones(1, np.float32), -127, 127, [reader.results()])
     assert one == pytest.approx((2 * (0.3 / 1.3) ** 2 + (3 / 130) ** 2) / 3, rel=1e-5)
+    both = smoothing.errors([reader], coarse, np.ones(1, np.float32), -127, 127, [reader.results()])
+    assert both == pytest.approx((one, (2 * 0.3**2 + 3**2) / (2 * 1.3**2 + 130**2)), rel=1e-5)
 
 
 def test_a_settled_reader_keeps_its_codes():
@@ -218,6 +220,21 @@ def test_fixed_exponents():
         assert found.plain == searched([reader])[0].plain
     flat = layer(4)
     assert searched([flat], alpha=1.0)[0].alpha == 1.0, "as asked, for better or worse"
+
+
+@pytest.mark.parametrize(("activation", "alike", "cost"), [
+    (PER_ROW, True, lambda own, mean: float(np.sqrt(own * mean))), (PER_ROW, False, lambda own, mean: mean),
+    (STATIC, True, lambda own, mean: own), (STATIC, False, lambda own, mean: mean)])
+def test_what_a_pair_costs(activation, alike, cost):
+    """With a range per row, ordinary rows and those of outliers both have a say."""
+    reader = layer(1, outliers=(2, 7))
+    search = Search([reader], activation, *extremes(reader.rows, reader.repeat), alike=alike)
+    search.run()
+    for (alpha, beta), found in search.tried.items():
+        s = search.factors(alpha, beta, search.low, search.high)
+        low, high = float((search.low / s).min()), float((search.high / s).max())
+        both = smoothing.errors(search.readers, activation, s, low, high, search.results)
+        assert found == pytest.approx(cost(*both), rel=1e-6)
 
 
 def test_no_pair_is_tried_twice_and_all_are_exponents():

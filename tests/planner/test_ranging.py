@@ -23,7 +23,7 @@ NONE = Outliers("none")
 
 
 def chosen(of: Case) -> dict[str, Chosen]:
-    return ranging.choose(of.graph, groups(of.graph, of.found.nodes), of.by)
+    return ranging.choose(of.graph, of.found.nodes, groups(of.graph, of.found.nodes), of.by)
 
 
 def rare(rows: int = 512, size: float = 100.0) -> Array:
@@ -90,7 +90,7 @@ def test_a_conv_looks_at_patches(tmp_path: Path) -> None:
     x[::5, 3, 4, 4] = 80.0
     model = make_model([node("Conv", "x w", "y", name="conv", pads=[1, 1, 1, 1])], {"x": ["rows", 16, 9, 9]},
                        {"y": None}, {"w": w})
-    one = chosen(case(model, tmp_path, x))["x"]
+    one = chosen(case(model, tmp_path, x, batch=8))["x"]
     assert one.method != MINMAX
     assert one.bounds[1] < 40
     assert one.by_row is None, "its rows are no tokens"
@@ -121,12 +121,12 @@ def test_one_run_serves_ranges_beside(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(observer, "fold", counted)
     wanted = groups(of.graph, of.found.nodes)
     beside = {"y": MinMax()}
-    whole = ranging.choose(of.graph, wanted, of.by, [beside])
+    whole = ranging.choose(of.graph, of.found.nodes, wanted, of.by, [beside])
     assert runs == [["x"]]
     assert beside["y"].result()[1] > 1
     monkeypatch.setattr(readers, "_MOST_BYTES", 1)
-    assert ranging.choose(of.graph, wanted, of.by) == whole
-    assert ranging.choose(of.graph, [], of.by, [{"y": MinMax()}]) == {}
+    assert ranging.choose(of.graph, of.found.nodes, wanted, of.by) == whole
+    assert ranging.choose(of.graph, of.found.nodes, [], of.by, [{"y": MinMax()}]) == {}
     assert runs[2:] == [[]], "what is beside is observed without groups, too"
 
 
@@ -141,3 +141,34 @@ def test_methods_are_those_of_the_recipe_and_shares_of_the_extremes(tmp_path: Pa
     names = list(ranging.methods(of.by))
     assert names[0] == MINMAX
     assert {"mse", "entropy", "percentile 99.99", "0.7 of minmax", "1.2 of minmax"} < set(names)
+
+
+@pytest.mark.parametrize("maximum", [True, False], ids=["a maximum behind", "the token dropped behind"])
+def test_outputs_decide_where_a_layer_is_wrong(maximum: bool, tmp_path: Path) -> None:
+    """One token in 40 has a far value. To clip it looks good at the layer's result, where all others count as much;
+    but a maximum over tokens takes that very one."""
+    w = random(K, N) / 8
+    w[3] = np.abs(w[3])
+    x = random(128, 40, K) / 50
+    x[:, 0, 3] = 3.0
+    behind = [node("ReduceMax", "t", "y", axes=[1], keepdims=0)] if maximum else [node("Slice", "t one all one", "y")]
+    constants = {} if maximum else {"one": np.array([1]), "all": np.array([40])}
+    model = make_model([node("MatMul", "x w", "t", name="fc"), *behind], {"x": ["rows", 40, K]}, {"y": None},
+                       {"w": w, **constants})
+    one = chosen(case(model, tmp_path, x, batch=8))["x"]
+    assert (one.method == MINMAX) == maximum
+
+
+@pytest.mark.parametrize("matter", [True, False])
+def test_a_tensor_that_no_layer_reads_is_clipped_where_outputs_say_so(matter: bool, tmp_path: Path) -> None:
+    """What a layer makes and an Add reads is normal, so its extremes are rarer than codes are coarse. Its sign alone
+    matters behind a Sigmoid; where a maximum is the output, the extremes do."""
+    behind = [node("GlobalMaxPool", "s", "y", name="most")] if matter else [node("Sigmoid", "s", "y", name="gate")]
+    model = make_model([node("Conv", "x w", "a", name="left"), node("Conv", "x v", "b", name="right"),
+                        node("Add", "a b", "s", name="sum"), *behind], {"x": ["rows", 16, 16, 16]}, {"y": None},
+                       {name: random(16, 16, 1, 1, seed=k) * size for k, (name, size) in enumerate((("w", 0.5),
+                                                                                                     ("v", 0.01)))})
+    of = case(model, tmp_path, random(96, 16, 16, 16), batch=8)
+    found = ranging.choose(of.graph, of.found.nodes, [], of.by, (), ["a"])["a"]
+    assert found.by_row is None
+    assert found.method == (MINMAX if matter else "mse")

@@ -45,7 +45,7 @@ def conv(group: int = 1, **attrs: Any) -> onnx.ModelProto:
 
 def planned(of: Case, name: str = "w8a8") -> Plan:
     wanted = groups(of.graph, of.found.nodes) if of.found.ranges_of else []
-    ranges = {key: one.bounds for key, one in ranging.choose(of.graph, wanted, of.by).items()}
+    ranges = {key: one.bounds for key, one in ranging.choose(of.graph, of.found.nodes, wanted, of.by).items()}
     running = observer.make([t for t in of.found.ranges_of if t not in ranges], of.by.how, of.by.scheme.activations)
     if running:
         observer.fold(of.graph, running, of.by.data, of.by.how, of.by.options)
