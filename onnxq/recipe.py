@@ -252,8 +252,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises RecipeError for what is not known, and for bits to choose in a scheme that has no blocks."""
         if self.bits.are_chosen and not self.scheme.is_weight_only:
-            raise RecipeError("bits: formats are chosen for weights in blocks, and scheme "
-                              f"{self.scheme.name} has none; use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
+            raise RecipeError(f"bits: formats are chosen for weights in blocks, and scheme {self.scheme.name} has "
+                              f"none; use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:

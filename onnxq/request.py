@@ -18,6 +18,7 @@ from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import in_blocks, scheme_names
 from onnxq.schemes import scheme as named_scheme
@@ -85,10 +86,11 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                           batch=chosen.calibration.batch if batch is None else batch,
                           ranges=chosen.calibration.ranges if ranges is None else ranges)
     observer.check(calibration)
+    own = in_blocks(chosen.scheme, group_size, symmetric)
     bits = replace(chosen.bits, target=chosen.bits.target if target_bits is None else target_bits,
                    max_size=max_size or chosen.bits.max_size,
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
-    return replace(chosen, scheme=in_blocks(chosen.scheme, group_size, symmetric), calibration=calibration,
+    return replace(chosen, scheme=own, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
@@ -101,6 +103,17 @@ def check_words(output_format: str, objective: str) -> None:
     for what, value, known in (("format", output_format, FORMATS), ("objective", objective, OBJECTIVES)):
         if value not in known:
             raise UsageError(f"there is no {what} {value!r}; use one of {', '.join(known)}")
+
+
+def named(model: Path, output: str | Path | None, recipe: Recipe) -> Path:
+    """Where the result is written: `output`, or MODEL.SCHEME.onnx beside the model."""
+    return Path(output) if output is not None else model.with_name(f"{model.stem}.{recipe.scheme.name}.onnx")
+
+
+def target_for(name: str, output_format: str) -> Target:
+    """A target on this machine, with standard operators alone for a format that other runtimes read, too."""
+    here = target_here(name)
+    return replace(here, fused=frozenset()) if output_format == "qdq" else here
 
 
 def check(request: Request, force: bool) -> None:

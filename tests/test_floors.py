@@ -38,8 +38,8 @@ ROOMS: dict[str, set[str] | None] = {
     "passes": {"graph", "numerics", "plan", "recipe", "schemes", "spool", "targets"},
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "schemes", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "schemes", "runtime", "plugins"},
-    "planner": {"calibration", "graph", "language", "numerics", "passes", "plan", "ports", "recipe", "schemes",
-                "runtime", "sizes", "spool", "targets"},
+    "planner": {"calibration", "graph", "language", "numerics", "passes", "plan", "ports", "progress", "recipe",
+                "runtime", "schemes", "sizes", "spool", "targets"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

@@ -103,7 +103,7 @@ def test_damage_is_the_probes_at_the_output_times_the_ratio_at_the_layer(opened:
     assert found.damages.keys() == WEIGHTS.keys()
     for name, errors in own.items():
         probe = noise(plain["y"], forward(changed(name, FORMATS[PROBE]))["y"])
-        # sums of float32: the float64 network differs in the seventh digit of what is squared, and noise is a part of it
+        # float32 differs from the float64 network in the seventh digit of an output, the fifth of its noise
         assert found.damages[name] == pytest.approx([probe * e / errors[PROBE] for e in errors], rel=1e-3), name
         assert sorted(found.damages[name], reverse=True) == found.damages[name]
     assert heard.steps == sorted(heard.steps)
