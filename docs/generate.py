@@ -86,7 +86,7 @@ def recipes() -> str:
     parts = ["# Recipes and schemes", (inspect.getdoc(recipe) or ""), "## A full recipe, as --print-recipe shows it",
              f"```yaml\n{recipe.Recipe(schemes.scheme('w8a8')).to_yaml()}```"]
     for kind in (recipe.Recipe, schemes.Scheme, schemes.TensorSpec, recipe.Rule, recipe.Match, recipe.Calibration,
-                 recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec):
+                 recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec, recipe.Bits):
         parts += [f"## {kind.__name__}", inspect.getdoc(kind) or "", _fields(kind)]
     for name in schemes.scheme_names():
         parts += [f"## Scheme {name}", f"```yaml\n{schemes.scheme_text(name)}```"]

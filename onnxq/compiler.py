@@ -53,10 +53,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
-            target_bits: float | None = None, max_size: str | None = None,
-            eval: Any = None, metric: str | None = None, max_drop: str | None = None,
-            target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
-            fallback: int | None = None, force: bool = False, measure: bool = True,
+            target_bits: float | None = None, max_size: str | None = None, eval: Any = None, metric: str | None = None,
+            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
+            keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
             objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
             dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
@@ -67,16 +66,15 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     unless w8a8-dynamic-tensor is more than one and a half times as fast.
     `ranges`, `outliers` and `rounding` are those of a recipe; `group_size` and `symmetric` replace those of a
     weight-only scheme, in which `target_bits` (per weight) and `max_size` (of the file, such as 40MB) have formats
-    chosen for each weight. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is written
-    even when a check fails: look at `Report.ok`.
-    `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
-    model gives the same bytes, without data, on any machine. Nodes run in integers where the
-    target was measured to be faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes);
-    `objective` balanced, latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or
-    integers. `measure` False takes the target's tables instead. `fallback` is how many layers stay float, those that
-    calibration finds the most sensitive. `max_memory` ("2GB", or bytes) is what a weight-only scheme may use: a model
-    that takes more is compiled weight by weight, without being run. Raises UsageError for a wrong call and the other
-    OnnxqErrors for unusable input.
+    chosen for each weight. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is
+    written even when a check fails: look at `Report.ok`. `save_plan` names a folder for all that was decided; given
+    as `plan`, it is replayed: the same Plan on the same model gives the same bytes, without data, on any machine.
+    Nodes run in integers where the target was measured to be faster then, on the shapes of the data or those of
+    `shapes` (free axis -> size or sizes); `objective` balanced, latency or size says what 2 % of a node's time are
+    worth: the smaller change, nothing, or integers. `measure` False takes the target's tables instead. `fallback`
+    is how many layers stay float, those that calibration finds the most sensitive. `max_memory` ("2GB", or bytes)
+    is what a weight-only scheme may use: a model that takes more is compiled weight by weight, without being run.
+    Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     if saved is not None and scheme == AUTO and recipe is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,12 +12,14 @@ from types import MappingProxyType
 from onnxq.calibration import observer
 from onnxq.calibration.observer import AUTO
 from onnxq.calibration.readers import Dataset
-from onnxq.errors import UsageError
-from onnxq.graph import Graph, file_bytes
+from onnxq.errors import GraphError, UsageError
+from onnxq.graph import Graph, file_bytes, raise_opset
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.moments import Moments
 from onnxq.passes.lower import lower
 from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.pack import pack
+from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.add_masks import AddMasks
@@ -112,6 +115,9 @@ class Planning:
         """What the model that a Plan makes takes on disk, with what is noted in it."""
         graph, context = self.graph_for(plan), Context(self.target, plan)
         PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
+        with contextlib.suppress(GraphError):  # as the compiler does; codes then take a byte each
+            graph = raise_opset(graph, opset_for_codes(plan))
+        PassManager(pack()).run(graph, context)
         return file_bytes(graph) + len(json.dumps(self.recipe.to_dict())) + _NOTED
 
     def _finished(self, found: Outline) -> Plan:

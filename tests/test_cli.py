@@ -33,7 +33,7 @@ COMPILE_DEFAULTS = {
     "ranges": None, "outliers": None, "rounding": None, "group_size": None, "symmetric": None, "target_bits": None,
     "max_size": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto",
     "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
-    "save_plan": None, "plan": None, "dump": None, "dump_after": None}
+    "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}

@@ -43,12 +43,6 @@ from onnxq.targets import TARGETS
 @click.option("--rounding", type=click.Choice(ROUNDINGS),
               help="How weights are rounded: auto is by GPTQ where that keeps a layer's results better on data that it "
                    "has not seen.  [default: auto, or the recipe's]")
-@group_size_option
-@symmetric_option
-@click.option("--target-bits", type=float, metavar="BITS",
-              help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
-                   "scales, more where they matter.")
-@click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
 @click.option("--samples", type=POSITIVE, metavar="N", help="Rows of calibration data that are used at most.")
 @click.option("--batch", type=POSITIVE, metavar="N", help="Rows that are run at once.")
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
@@ -65,6 +59,12 @@ from onnxq.targets import TARGETS
 @click.option("--fallback", type=click.IntRange(min=0), metavar="N",
               help="Leave the N layers float that are the most sensitive to int8, by the range_parm of what they read "
                    "or the recipe's rank; needs --calib.  [default: 0, or the recipe's]")
+@group_size_option
+@symmetric_option
+@click.option("--target-bits", type=float, metavar="BITS",
+              help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
+                   "scales, more where they matter.")
+@click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "

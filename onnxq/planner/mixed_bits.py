@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from onnxq import sizes
-from onnxq.errors import UsageError
-from onnxq.graph import Graph
+from onnxq.errors import GraphError, UsageError
+from onnxq.graph import Graph, raise_opset
 from onnxq.numerics.allocation import Option, allocate, least
 from onnxq.numerics.dtypes import by_name
+from onnxq.passes.pack.codes import OPSETS
 from onnxq.planner import bit_costs, weight_only
 from onnxq.planner.bit_costs import Costs, Seeing, Weight
 from onnxq.planner.outline import Chosen, Outline
@@ -28,9 +29,10 @@ from onnxq.targets import Target
 class MixedBits:
     """The formats of one graph's weights under a budget; what was measured of them is known to the next choice."""
 
-    def __init__(self, graph: Graph, found: Outline, recipe: Recipe, target: Target, packed: bool) -> None:
-        """`found` is the outline with the recipe's own formats; `packed` tells whether kernels read fields of bits."""
-        self.graph, self.recipe, self.target, self.packed = graph, recipe, target, packed
+    def __init__(self, graph: Graph, found: Outline, recipe: Recipe, target: Target, kernels: bool) -> None:
+        """`found` is the outline with the recipe's own formats; `kernels` tells whether any reads blocks as such."""
+        self.graph, self.recipe, self.target, self.kernels = graph, recipe, target, kernels
+        self.widths: dict[int, int] = {8: 8}  # bits of a code -> those that it takes where it is decoded at load
         self.schemes = options(recipe)
         self.fixed: dict[str, TensorSpec] = {}
         self.weights: list[Weight] = []
@@ -80,10 +82,31 @@ class MixedBits:
 
     def _bytes(self, weight: Weight, spec: TensorSpec, refused: Mapping[str, str]) -> int:
         """Stored bytes: once for kernels, once for what is decoded, if there are readers of both kinds."""
-        forms = {self.packed and node.name not in refused
+        forms = {self.kernels and node.name not in refused
                  and weight_only.no_kernel(node, spec, self.target) is None for _, node in weight.readers}
-        named = 0 if spec.symmetric or not self.recipe.bits.max_size else 64 + 4 * len(weight.name)  # the zero points
-        return named + sum(weight_only.stored_bytes(weight.shape, weight.axis, spec, form) for form in forms)
+        width = 0 if all(forms) else self._width(by_name(spec.dtype).bits)
+        named = self._named(weight, spec, all(forms)) if self.recipe.bits.max_size else 0
+        return named + sum(weight_only.stored_bytes(weight.shape, weight.axis, spec, form, 0 if form else width)
+                           for form in forms)
+
+    @staticmethod
+    def _named(weight: Weight, spec: TensorSpec, kernels: bool) -> int:
+        """Bytes of a file that formats differ by beside those of weights: what names zero points, and what cuts off the
+        rest of a last block that is decoded."""
+        assert spec.block_size is not None
+        zeros = 0 if spec.symmetric else 1 if kernels else 4
+        cut = 0 if kernels or weight.shape[weight.axis] % spec.block_size == 0 else 8
+        return (zeros + cut) * (64 + 3 * len(weight.name))
+
+    def _width(self, bits: int) -> int:
+        """Bits that a code takes where it is decoded at load: its own, if the graph can have the opset for that."""
+        if bits not in self.widths:
+            try:
+                raise_opset(self.graph.copy(), OPSETS[bits])
+                self.widths[bits] = bits
+            except GraphError:
+                self.widths[bits] = 8
+        return self.widths[bits]
 
     def _fixed_bytes(self, refused: Mapping[str, str]) -> int:
         return sum(self._bytes(Weight(name, self.readers[name], ()), spec, refused)

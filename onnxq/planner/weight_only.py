@@ -173,12 +173,15 @@ def opset(graph: Graph, schemes: Mapping[str, Scheme]) -> int:
 def stored_bytes(shape: tuple[int, ...], along: int, spec: TensorSpec, packed: bool) -> int:
     """Bytes of a weight [K, N] with blocks along axis `along`: codes, float32 scales and zero points.
 
-    packed: as kernels read them, codes and zero points in fields of as many bits; else each in a byte.
+    kernel: as kernels read them, fields that fill bytes anew for each output; else as they are decoded at load, one
+    after the other. width: bits of a code and a zero point, those of the type unless given.
     """
     assert spec.block_size is not None
-    count, rows, width = -(-shape[along] // spec.block_size), shape[1 - along], by_name(spec.dtype).bits
-    if not packed:
-        return rows * count * (spec.block_size + 4 + (0 if spec.symmetric else 1))
+    width = width or by_name(spec.dtype).bits
+    count, rows = -(-shape[along] // spec.block_size), shape[1 - along]
+    if not kernel:
+        codes, zeros = rows * count * spec.block_size, 0 if spec.symmetric else rows * count
+        return -(-codes * width // 8) + 4 * rows * count - (-zeros * width // 8)
     inputs = shape[1] if along else count * spec.block_size
     return rows * (-(-inputs * width // 8) + 4 * count + (0 if spec.symmetric else -(-count * width // 8)))
 

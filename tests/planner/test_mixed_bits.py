@@ -9,10 +9,11 @@ import pytest
 from conftest import Opener, make_model, node, random
 from lowering_support import CPU
 
-from onnxq.errors import UsageError
+from onnxq.errors import GraphError, UsageError
 from onnxq.graph import Graph
 from onnxq.numerics import affine, blocks, packing
 from onnxq.numerics.dtypes import by_name
+from onnxq.planner import mixed_bits
 from onnxq.planner.bit_costs import Costs
 from onnxq.planner.mixed_bits import MixedBits, described, options
 from onnxq.planner.outline import outline
@@ -33,7 +34,7 @@ def graph_of(opened: Opener) -> Graph:
 
 def mixed(graph: Graph, bits: Bits, damages: dict[str, list[float]], rules: tuple[Rule, ...] = ()) -> MixedBits:
     recipe = Recipe(W4, bits=bits, rules=rules)
-    found = MixedBits(graph, outline(graph, recipe, CPU), recipe, CPU, packed=True)
+    found = MixedBits(graph, outline(graph, recipe, CPU), recipe, CPU, kernels=True)
     found.costs = Costs("of the output's power", damages)
     return found
 
@@ -49,7 +50,11 @@ def test_stored_bytes_are_those_that_are_packed(dtype: str, inputs: int, outputs
     zero_bytes = 0 if kind.signed else outputs * -(-scales.shape[1] * kind.bits // 8)
     assert zeros is None or zeros.nbytes == zero_bytes
     assert stored_bytes((inputs, outputs), 0, spec, True) == codes.nbytes + scales.nbytes + zero_bytes
-    assert stored_bytes((outputs, inputs), 1, spec, False) == params.scale.size * (size + 4 + (not kind.signed))
+    blocks_in_all = params.scale.size
+    decoded = [packing.pack_flat(np.zeros(count, kind.storage), kind).nbytes
+               for count in (blocks_in_all * size, 0 if kind.signed else blocks_in_all)]
+    assert stored_bytes((outputs, inputs), 1, spec, False) == sum(decoded) + 4 * blocks_in_all
+    assert stored_bytes((outputs, inputs), 1, spec, False, 8) == blocks_in_all * (size + 4 + (not kind.signed))
 
 
 @pytest.mark.parametrize(("name", "bits", "wanted"), [
@@ -97,15 +102,23 @@ def test_what_a_rule_names_keeps_the_rules_scheme(opened: Opener) -> None:
     assert "chosen" not in verdicts.nodes["second"].reason
 
 
-def test_decoded_weights_take_a_byte_for_each_code(opened: Opener) -> None:
-    """Refused by its kernel, a weight of 4 bits is as large as one of 8, of which the better one is then taken."""
+def test_decoded_weights_take_a_byte_for_each_code_without_the_opset_for_less(
+        opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by its kernel, a weight of 4 bits is then as large as one of 8, of which the better one is taken."""
     bits = Bits(9.5, choices=("w4a16", "w8a16"), block_sizes=(32,))
     damages = {"a": [0.1, 0.001], "d": [0.4, 0.002]}
-    found = mixed(graph_of(opened), bits, damages)
     refused = {"first": "slower", "second": "slower"}
-    assert {one.scheme.name for one in found.choose(refused, 0).values()} == {"w8a16"}
+    few = replace(bits, target=7.2)
+    assert {one.scheme.name for one in mixed(graph_of(opened), few, damages).choose(refused, 0).values()} == {
+        "w4a16", "w8a16"}
+
+    def no_opset(graph: Graph, version: int) -> Graph:
+        raise GraphError(f"no opset {version} here; choose another")
+
+    monkeypatch.setattr(mixed_bits, "raise_opset", no_opset)
+    assert {one.scheme.name for one in mixed(graph_of(opened), bits, damages).choose(refused, 0).values()} == {"w8a16"}
     with pytest.raises(UsageError, match="can't be met"):
-        mixed(graph_of(opened), replace(bits, target=7.0), damages).choose(refused, 0)
+        mixed(graph_of(opened), few, damages).choose(refused, 0)
 
 
 @pytest.mark.parametrize(("bits", "file_bytes", "message"), [
@@ -121,7 +134,7 @@ def test_a_budget_that_cannot_be_met_names_the_least(opened: Opener, bits: Bits,
 def test_costs_are_measured_of_what_is_free(opened: Opener) -> None:
     recipe = Recipe(W4, bits=Bits(9.0), rules=(Rule(Match(name="second"), "w8a16"),))
     graph = graph_of(opened)
-    found = MixedBits(graph, outline(graph, recipe, CPU), recipe, CPU, packed=True)
+    found = MixedBits(graph, outline(graph, recipe, CPU), recipe, CPU, kernels=True)
     found.measure(None, Silent())
     assert found.costs is not None
     assert found.costs.damages.keys() == {"a"}

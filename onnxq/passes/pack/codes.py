@@ -11,7 +11,7 @@ from onnxq.passes.blocks import code_type, layout
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
 
-_OPSETS = {4: 21, 2: 25}  # the first in which Cast takes a type of so many bits
+OPSETS = {4: 21, 2: 25}  # the first in which Cast takes a type of so many bits
 _PARTS = ("q", "zero_points")
 
 
@@ -33,8 +33,8 @@ class PackCodes(Pass):
         form = layout(context.plan, name) if part in _PARTS else None
         if form is None or form.dtype.bits == 8:
             return False
-        if graph.opset < _OPSETS[form.dtype.bits]:
-            return context.skip(node, f"Cast takes {form.dtype.name} from opset {_OPSETS[form.dtype.bits]} on")
+        if graph.opset < OPSETS[form.dtype.bits]:
+            return context.skip(node, f"Cast takes {form.dtype.name} from opset {OPSETS[form.dtype.bits]} on")
         graph.replace_input(node, 0, _narrow(graph, codes, form.dtype))
         return True
 
@@ -50,4 +50,4 @@ def opset_for_codes(plan: Plan) -> int:
     """The opset that the weights which are decoded at load need to take no more bits than they have; 0 for any."""
     weights = {v.weight for v in plan.nodes.values() if v.activation == UNTOUCHED and not v.is_int and v.weight}
     bits = {form.dtype.bits for form in (layout(plan, w) for w in weights) if form is not None}
-    return max((_OPSETS.get(b, 0) for b in bits), default=0)
+    return max((OPSETS.get(b, 0) for b in bits), default=0)
