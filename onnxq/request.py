@@ -18,7 +18,6 @@ from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
-from onnxq.runtime.machine import target_here
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import in_blocks, scheme_names
 from onnxq.schemes import scheme as named_scheme

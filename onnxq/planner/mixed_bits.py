@@ -50,8 +50,8 @@ class MixedBits:
 
     def check(self, refused: Mapping[str, str], file_bytes: int) -> None:
         """Raise UsageError for a budget that can't be met; arguments as for `choose`."""
-        options = [[Option(size, 0.0) for size in sizes_of] for sizes_of in self._sizes(refused)]
-        self._budget(options, refused, file_bytes)
+        items = [[Option(size, 0.0) for size in sizes_of] for sizes_of in self._sizes(refused)]
+        self._budget(items, refused, file_bytes)
 
     def measure(self, by: Seeing | None, progress: Progress) -> None:
         """Find what each format costs each weight."""

@@ -170,8 +170,8 @@ def opset(graph: Graph, schemes: Mapping[str, Scheme]) -> int:
     return max((opset_of(by_name(s.dtype)) for s in specs if s is not None and s.block_size is not None), default=0)
 
 
-def stored_bytes(shape: tuple[int, ...], along: int, spec: TensorSpec, packed: bool) -> int:
-    """Bytes of a weight [K, N] with blocks along axis `along`: codes, float32 scales and zero points.
+def stored_bytes(shape: tuple[int, ...], along: int, spec: TensorSpec, kernel: bool, width: int = 0) -> int:
+    """Bytes of a weight with blocks along axis `along`: codes, float32 scales and zero points.
 
     kernel: as kernels read them, fields that fill bytes anew for each output; else as they are decoded at load, one
     after the other. width: bits of a code and a zero point, those of the type unless given.
