@@ -29,10 +29,11 @@ from onnxq.explanation.story import (
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, load, read_nodes, shape_of
 from onnxq.numerics import affine
 from onnxq.numerics.comparison import Comparison
-from onnxq.numerics.dtypes import by_name
+from onnxq.numerics.dtypes import INT8, by_name
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager, Removals
 from onnxq.plan import STATIC, NodePlan
+from onnxq.planner import weight_only
 from onnxq.planner.given import is_quantized
 from onnxq.planner.outline import outline
 from onnxq.planner.storing import channel_axis
@@ -318,14 +319,25 @@ def _values(part: Part, graph: Graph, node: Node, tensor: Tensor, scheme: Scheme
     axis = _channel_axis(node, tensor)
     if part.role == WEIGHT and axis is not None:
         part.statistics |= channel_statistics(values, axis)
-    if scheme is not None and scheme.weights is not None:
-        dtype = by_name(scheme.weights.dtype)
-        chosen = axis if scheme.weights.granularity == "channel" or not part.codes else None
+    if scheme is not None and scheme.is_weight_only and values.ndim == 2 and node.op in scheme.operators:
+        params = _block_params(values, node, scheme)
+        part.encoding, part.statistics["sqnr_db"] = codes.of_params(params, count).to_dict(), _sqnr(values, params)
+    elif scheme is not None and scheme.weights is not None:
+        # what has no blocks under such a scheme is stored as int8, by channel
+        dtype = INT8 if scheme.is_weight_only else by_name(scheme.weights.dtype)
+        chosen = axis if scheme.weights.granularity != "tensor" or not part.codes else None
         params = affine.weight_params(values, chosen, dtype)
         part.encoding = codes.of_params(params, count).to_dict()
         part.statistics["sqnr_db"] = _sqnr(values, params)
         if chosen is not None:
             part.statistics["sqnr_db_per_tensor"] = _sqnr(values, affine.weight_params(values, None, dtype))
+
+
+def _block_params(values: np.ndarray[Any, Any], node: Node, scheme: Scheme) -> affine.QuantParams:
+    """Those of a weight in blocks, by the simplest search; of a table, along its columns."""
+    along = weight_only.axis(node)
+    found = weight_only.block_params(values.T if along else values, scheme)
+    return dataclasses.replace(found, scale=found.scale.T, zero_point=found.zero_point.T, axis=1) if along else found
 
 
 def _channel_axis(node: Node, weight: Tensor) -> int | None:

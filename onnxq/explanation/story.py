@@ -133,7 +133,8 @@ def summary(row: NodeRow, source: str, computes: Iterable[str], seen: bool = Tru
     if row.scheme == GIVEN:
         return f"came quantized and is kept as it is{'' if planned else _ran(row, ', ')}"
     if row.scheme == STORED:
-        return f"{'would compute' if planned else 'computes'} in float, on weights stored as int8{_ran(row, ': it ')}"
+        kind = _stored_type(row)
+        return f"{'would compute' if planned else 'computes'} in float, on weights stored as {kind}{_ran(row, ': it ')}"
     if not row.lowering:
         return _ran(row, "") or "was not seen when the model ran"
     also = f"; the same kernel computes {', '.join(along)}" if along else ""
@@ -158,13 +159,19 @@ def _neighbour(row: NodeRow, tensor: str | None = None) -> Neighbour:
     return Neighbour(row.name, row.op, _fate(row), tensor in row.codes_in)
 
 
+def _stored_type(row: NodeRow) -> str:
+    """Of the codes that are decoded; a reason that tells of blocks begins with it."""
+    kind, blocks, _ = row.reason.partition(" weights in blocks of ")
+    return kind if blocks else "int8"
+
+
 def _fate(row: NodeRow) -> str:
     if row.part_of is not None:
         return f"in the kernel of {row.part_of}"
     if row.scheme == GIVEN:
         return "quantized already"
     if row.scheme == STORED:
-        return "float, weights stored as int8"
+        return f"float, weights stored as {_stored_type(row)}"
     fate = row.lowering or wording.short(row.ran_as)
     return fate if row.lowering or fate != wording.short(row.op) else ""
 

@@ -12,7 +12,7 @@ import yaml
 from onnxq.report import wording
 from onnxq.report.report import Report
 
-_TITLES = {wording.INT8: "Quantized", wording.STORED: "Float, on weights stored as int8",
+_TITLES = {wording.INT8: "Quantized", wording.STORED: "Float, on weights stored as codes",
            wording.GIVEN: "Quantized before, kept as they were", wording.FLOAT: "Float", wording.FOLDED: "Folded away"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --faint: #5c6670; --ground: #ffffff; --card: #f4f6f8;

@@ -365,3 +365,26 @@ def test_exit_statuses(tmp_path: Path) -> None:
     assert "near: node_MatMul" in unknown.stderr
     assert unknown.stderr.count("\n") == 1
     assert command(str(tmp_path), "a").returncode == 3
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("w4a16", 32), ("w8a16", 128), ("w2a16", 32)])
+def test_weights_that_would_be_in_blocks(scheme: str, size: int, tmp_path: Path) -> None:
+    """As a compilation without data makes them."""
+    found = onnxq.explain(TEXT, LINEAR, scheme=scheme)
+    [name] = [p["name"] for p in found["inputs"] if p["role"] == "weight"]
+    report = onnxq.compile(TEXT, tmp_path / "o.onnx", scheme=scheme, measure=False)
+    assert part(found, name)["encoding"] == report.tensors[name].to_dict()
+    assert part(found, name)["encoding"]["block_size"] == size
+    table = next(n for n in report.nodes if n.op == "Gather" and n.weights)
+    looked_up = onnxq.explain(TEXT, table.name, scheme=scheme)
+    assert part(looked_up, table.weights[0])["encoding"] == report.tensors[table.weights[0]].to_dict()
+    if scheme == "w2a16":
+        assert looked_up["summary"] == "would compute in float, on weights stored as uint2"
+
+
+def test_a_conv_of_a_weight_only_scheme_is_told_per_channel() -> None:
+    name = next(n["name"] for n in onnxq.inspect(DIGITS, scheme="w4a16")["nodes"] if n["scheme"] == "stored")
+    found = onnxq.explain(DIGITS, name, scheme="w4a16")
+    assert found["summary"] == "would compute in float, on weights stored as int8"
+    [weight] = [p for p in found["inputs"] if p["role"] == "weight"]
+    assert (weight["encoding"]["dtype"], weight["encoding"]["granularity"]) == ("int8", "channel")
