@@ -26,8 +26,14 @@ class Drift:
         """The rows seen."""
         return self._own.count
 
-    def update(self, a: npt.NDArray[Any], x: npt.NDArray[Any]) -> None:
-        """Fold in rows; products are summed in float32 over at most CHUNK of them. ValueError as for Hessian."""
+    def update(self, a: npt.NDArray[Any], x: npt.NDArray[Any] | None = None) -> None:
+        """Fold in rows; products are summed in float32 over at most CHUNK of them. ValueError as for Hessian.
+
+        Without x in all updates nothing is known of how far off a is, and target() gives w.
+        """
+        if x is None:
+            self._own.update(a)
+            return
         if a.shape != x.shape:
             raise ValueError(f"rows {list(a.shape)} and {list(x.shape)} don't pair; pass the same rows of both")
         self._own.update(a)
@@ -55,7 +61,7 @@ class Drift:
         own = self._own.result()
         diagonal = own.diagonal()
         live = np.flatnonzero(diagonal > 0)
-        if not live.size:
+        if not live.size or not self._cross.size:
             return w
         part = own[np.ix_(live, live)]
         ridge = damping * float(diagonal[live].mean())

@@ -30,7 +30,6 @@ Floats = npt.NDArray[np.float32]
 _WIDEST = 16384  # inputs of a layer: the work grows with the cube
 _DAMPING = 0.01
 _WORK = 6e12  # products of weights and rows, for all runs of the model together: a minute on two cores
-_FEWEST = 4  # steps from the first layers to the last
 
 
 def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None] | None = None,
@@ -47,25 +46,29 @@ def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None] | None 
 def by_data(graph: Graph, plan: Plan, by: Searching, spool: Spool | None = None) -> None:
     """Find those of layers by GPTQ, where they keep results better on data that they were not found on.
 
-    From the first layers to the last, in steps: layers are observed with those of the steps before quantized, and the
-    codes of a step's first layers make up for what these are off by. (Later ones of the step would make up for it once
-    more.) More steps keep the model nearer to float and run it once more each; a model and data that are small get a
-    step for each tensor that layers read. Other weights are noted by their formula, and first. What is done goes into
-    the `spool`, where an interrupted run goes on.
+    Where the model and the data are small, one tensor that layers read after the other, from the first to the last: its
+    layers are observed with all before them quantized, and their codes make up for what those are off by. A larger
+    model would run too often for that: all layers are observed in float at once. Other weights are noted by their
+    formula, and first. What is done goes into the `spool`, where an interrupted run goes on.
     """
     tasks = _tasks(graph, plan)
     by_formula(graph, plan, spared={weight_of(node).name for layers in tasks.values() for node in layers})
-    left, size, key = list(tasks), 1, _beginning(graph, plan, by) if spool is not None else ""
-    while left:
-        step = {name: tasks[name] for name in chunks({name: _inputs(tasks[name][0]) for name in left[:size]})[0]}
-        key = digest(key, list(step)) if spool is not None else ""
-        rows = _known(plan, step, spool, key)
-        if rows is None:
-            rows = _step(graph, plan, step, by)
-            _keep(plan, step, spool, key, rows)
-        if len(left) == len(tasks):
-            size = _size(graph, plan, len(tasks), rows)
-        left = left[len(step):]
+    in_turn = bool(tasks) and _affordable(graph, plan, list(tasks), by)
+    steps = [[name] for name in tasks] if in_turn else chunks({name: _inputs(tasks[name][0]) for name in tasks})
+    key = _beginning(graph, plan, by) if spool is not None else ""
+    for names in steps:
+        step, key = {name: tasks[name] for name in names}, digest(key, names)
+        if not _known(plan, step, spool, key):
+            _step(graph, plan, step, by, in_turn)
+            _keep(plan, step, spool, key)
+
+
+def _affordable(graph: Graph, plan: Plan, names: list[str], by: Searching) -> bool:
+    """Whether the model may run once for each of the tensors, half of it on average, and in two forms."""
+    weights = sum(int(np.prod([int(d or 0) for d in shape_of(t) or ()])) for t in _weights(graph, plan).values())
+    counted = _Halves(paired=False)
+    observer.fold(up_to(graph, names[:1]), {names[0]: counted}, by.data, by.how, by.options)
+    return 2.0 * len(names) * weights * sum(half.drift.count for half in counted.halves) <= _WORK
 
 
 def _beginning(graph: Graph, plan: Plan, by: Searching) -> str:
@@ -77,24 +80,24 @@ def _beginning(graph: Graph, plan: Plan, by: Searching) -> str:
                   plain(by.how), weights, *plan.rounded.values())
 
 
-def _known(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str) -> int | None:
-    """Note what an earlier run found in this step; the rows that it saw, or None where there was none."""
+def _known(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str) -> bool:
+    """Note what an earlier run found in this step; whether there was one."""
     kept = spool.get(key) if spool is not None else None
     if kept is None:
-        return None
+        return False
     for node in (node for layers in tasks.values() for node in layers):
         name = weight_of(node).name
         how = plan.blocks[name]
         params = QuantParams(np.asarray(kept[f"{name}/scale"]), np.asarray(kept[f"{name}/zero_point"]), how.dtype, 0,
                              how.block_size)
         _note(plan, name, np.asarray(kept[f"{name}/codes"]), params)
-    return int(kept["rows"])
+    return True
 
 
-def _keep(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str, rows: int) -> None:
+def _keep(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: str) -> None:
     if spool is None:
         return
-    arrays: dict[str, Array] = {"rows": np.asarray(rows)}
+    arrays: dict[str, Array] = {}
     for name in (weight_of(node).name for layers in tasks.values() for node in layers):
         params = plan.weights[name]
         arrays |= {f"{name}/codes": plan.rounded[name], f"{name}/scale": params.scale,
@@ -102,28 +105,20 @@ def _keep(plan: Plan, tasks: dict[str, list[Node]], spool: Spool | None, key: st
     spool.put(key, arrays)
 
 
-def _size(graph: Graph, plan: Plan, count: int, rows: int) -> int:
-    """How many tensors a step is for, of `count`."""
-    weights = sum(int(np.prod([int(d or 0) for d in shape_of(t) or ()])) for t in _weights(graph, plan).values())
-    steps = max(_WORK / (2.0 * max(rows * weights, 1)), min(_FEWEST, count))
-    return max(round(count / steps), 1)
-
-
-def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching) -> int:
-    """Round the layers that read some tensors; gives the rows that were seen of the first of these."""
-    running = {name: _Halves() for name in tasks}
+def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching, in_turn: bool) -> None:
+    """Round the layers that read some tensors; `in_turn`: with what is rounded before them quantized."""
+    running = {name: _Halves(in_turn) for name in tasks}
     whole = up_to(graph, list(tasks))
-    observer.fold(whole, {}, by.data, by.how, by.options, by.progress, [running], _quantized(whole, plan))
-    rows = next(sum(half.drift.count for half in one.halves) for one in running.values())
-    for number, (name, layers) in enumerate(tasks.items()):
+    observer.fold(whole, {}, by.data, by.how, by.options, by.progress, [running],
+                  _quantized(whole, plan) if in_turn else None)
+    for name, layers in tasks.items():
         seen, unseen = (half.drift for half in running.pop(name).halves)
         for node in layers if seen.count and unseen.count else ():
             weight = weight_of(node)
             how = plan.blocks[weight.name]
-            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen, number == 0))
+            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen))
     done = {weight_of(node).name for layers in tasks.values() for node in layers}
     by_formula(graph, plan, spared=plan.blocks.keys() - done)  # of what no rows were seen
-    return rows
 
 
 def _quantized(graph: Graph, plan: Plan) -> Graph:
@@ -135,21 +130,23 @@ def _quantized(graph: Graph, plan: Plan) -> Graph:
 
 
 class _Half:
-    """What layers read of one half of the data, quantized so far and in float."""
+    """What layers read of one half of the data: in float, or `paired`: quantized so far, and then in float."""
 
-    def __init__(self) -> None:
-        self.drift = Drift()
+    def __init__(self, paired: bool) -> None:
+        self.paired, self.drift = paired, Drift()
 
     def update(self, x: Floats) -> None:
-        """Fold in one batch [.., 2 K]."""
+        """Fold in one batch [.., K], or [.., 2 K] where they are paired."""
         rows, inputs = x.reshape(-1, x.shape[-1]), x.shape[-1] // 2
-        if len(rows):
+        if len(rows) and self.paired:
             self.drift.update(rows[:, :inputs], rows[:, inputs:])
+        elif len(rows):
+            self.drift.update(rows)
 
 
 class _Halves:
-    def __init__(self) -> None:
-        self.halves = _Half(), _Half()
+    def __init__(self, paired: bool) -> None:
+        self.halves = _Half(paired), _Half(paired)
 
 
 def _tasks(graph: Graph, plan: Plan) -> dict[str, list[Node]]:
@@ -169,28 +166,22 @@ def _inputs(node: Node) -> int:
     return int((shape_of(weight_of(node)) or (0,))[0] or 0)
 
 
-def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift, first: bool) -> tuple[Array, QuantParams]:
-    """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen.
-
-    `first`: whether they make up for what the layers before are off by."""
-    plain, tried = _formula(values, how), _searched(values, how, seen, first)
-    aim, hessian = _aim(values, unseen, first), unseen.hessian()
+def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift) -> tuple[Array, QuantParams]:
+    """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen."""
+    plain, tried = _formula(values, how), _searched(values, how, seen)
+    aim, hessian = unseen.target(values, _DAMPING), unseen.hessian()
     before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plain, tried))
     if not after < before:
         return plain
     both = Drift()
     both.merge(seen)
     both.merge(unseen)
-    return _searched(values, how, both, first)
+    return _searched(values, how, both)
 
 
-def _aim(values: Floats, drift: Drift, first: bool) -> Floats:
-    return drift.target(values, _DAMPING) if first else values
-
-
-def _searched(values: Floats, how: Blocks, drift: Drift, first: bool) -> tuple[Array, QuantParams]:
+def _searched(values: Floats, how: Blocks, drift: Drift) -> tuple[Array, QuantParams]:
     start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"
-    aim = _aim(values, drift, first)
+    aim = drift.target(values, _DAMPING)
     params = blocks.choose(aim, how.dtype, how.block_size, how.symmetric, start)
     return rounding.gptq_refit(aim, drift.hessian(), params, _DAMPING)
 

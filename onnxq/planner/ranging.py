@@ -107,7 +107,7 @@ def choose(graph: Graph, nodes: Mapping[str, NodePlan], wanted: list[Group], by:
         found[name] = _of_codes(histogram, known, by)
     ranked = sorted((name for name in found if len(found[name].ranges) > 1), key=lambda name: -found[name].promise)
     tries = {name: list(found[name].ranges.values()) for name in ranked[:_MOST]}
-    best = trying.best(graph, nodes, tries, by)
+    best = trying.best(graph, nodes, tries, by) if tries else {}
     return {name: rivals.chosen(best.get(name)) for name, rivals in found.items()}
 
 

@@ -24,12 +24,12 @@ def test_an_interrupted_compilation_goes_on(tmp_path: Path, monkeypatch: pytest.
     step, output, taken = block_rounding._step, tmp_path / "model.onnx", 0
     stop_after: int | None = None
 
-    def counted(*args: Any) -> int:
+    def counted(*args: Any) -> None:
         nonlocal taken
         if taken == stop_after:
             raise KeyboardInterrupt
         taken += 1
-        return step(*args)
+        step(*args)
 
     monkeypatch.setattr(block_rounding, "_step", counted)
     whole, steps = compiled(tmp_path / "whole.onnx"), taken
