@@ -24,7 +24,7 @@ LINEAR = frozenset({"Gemm", "MatMul"})
 _LEAST = 1024  # weights; below, scales and shapes eat what is gained
 _LEAST_TABLE = 16384
 NO_INT8_KERNEL = "no kernel of MatMulNBits multiplies 2-bit blocks of 16 or 256 in integers, and others are slow"
-_DECODED = "its weights are decoded as the model is loaded and multiplied in float"
+_DECODED = "its weights are decoded as the model is loaded and {} in float"
 
 
 def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Scheme], refused: Mapping[str, str],
@@ -106,7 +106,8 @@ def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict
     why = refused.get(node.name) or no_kernel(node, spec, target)
     stored = f"{spec.dtype} weights in blocks of {spec.block_size}"
     if why is not None:
-        nodes[node.name] = NodePlan(node.name, node.op, STORED, STORED, f"{stored}: {_DECODED}: {why}",
+        decoded = _DECODED.format("looked up" if node.op == "Gather" else "multiplied")
+        nodes[node.name] = NodePlan(node.name, node.op, STORED, STORED, f"{stored}: {decoded}: {why}",
                                     weight=weight, activation=UNTOUCHED)
         return
     kernel = target.lowerings[(node.op, "blocks")]

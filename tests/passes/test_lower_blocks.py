@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from blocks_support import KERNELS, SIZES, Array, decoded, form, linear, planned, written
-from conftest import Opener, apply, body, make_model, node, random, run
+from conftest import Opener, apply, body, make_model, node, random, run, value
 from lowering_support import CPU, ONE_THREAD
 from onnx import TensorProto
 
@@ -150,6 +150,27 @@ def test_layers_inside_bodies(held: str, tmp_path: Path) -> None:
     exact = decoded(w, form(4, 32, False))
     off = np.abs(found - (x.astype(np.float64) @ exact + random(40, seed=3)))
     assert (off <= integer_bound(x, exact, 32)).all()
+
+
+def test_what_follows_a_layer_in_a_body_stays_behind_it(tmp_path: Path) -> None:
+    """Three turns of a Loop, s = tanh(s w)."""
+    w, how = random(64, 64) / 8, form(8, 32, True)
+    turn = body([node("MatMul", "s w", "m", name="inner"), node("Tanh", "m", "next"), node("Identity", "go", "on")], {},
+                "turn", inputs=[value("i", [], TensorProto.INT64), value("go", [], TensorProto.BOOL),
+                                value("s", [None, 64])])
+    turn.output.extend([value("on", [], TensorProto.BOOL), value("next", [None, 64])])
+    model = make_model([node("Loop", "count start x", "y", body=turn)], {"x": ["n", 64]}, {"y": None},
+                       {"count": np.array(3), "start": np.array(True), "w": w})
+    made = written(model, tmp_path, {"w": how})
+    [loop] = [n for n in onnx.load(made.path).graph.node if n.op_type == "Loop"]
+    assert [n.op_type for n in loop.attribute[0].g.node if n.op_type != "Identity"] == ["MatMulNBits", "Tanh"]
+    x = random(4, 64, seed=1)
+    wanted, exact = x.astype(np.float64), decoded(w, how).astype(np.float64)
+    off = np.zeros_like(wanted)  # tanh adds nothing to it
+    for _ in range(3):
+        off = integer_bound(np.abs(wanted) + off, exact, 32) + off @ np.abs(exact)
+        wanted = np.tanh(wanted @ exact)
+    assert (np.abs(made.run({"x": x})["y"] - wanted) <= off).all()
 
 
 @pytest.mark.parametrize("fmt", ["qoperator", "qdq"])

@@ -44,7 +44,7 @@ class LowerBlocks(Pass):
         if found:
             for holder in graph.graphs():
                 holder.prune()
-            graph.sort()
+                holder.sort()
         return found
 
     def _lower(self, holder: Graph, graph: Graph, node: Node, verdict: NodePlan, context: Context,
