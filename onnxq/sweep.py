@@ -118,7 +118,8 @@ class _Sweep:
             report = compile(self.model, path, recipe=Recipe(scheme), measure=False, save_plan=plan,
                              progress=_Within(self.bar), **self.given)
             compiled = Session(path, SessionOptions(self.target.provider, self.given["threads"]))
-            found = {**_figures(report, self.given["metric"]), "weight_error": _weight_error(self.graph, Plan.load(plan), self.target),
+            found = {**_figures(report, self.given["metric"]),
+                     "weight_error": _weight_error(self.graph, Plan.load(plan), self.target),
                      "latency": _latencies(self.reference, compiled, self.feeds, self.bar)}
         if report.accuracy is not None and self.given["metric"] is not None:
             self.metric = report.accuracy.float
