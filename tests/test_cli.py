@@ -23,9 +23,9 @@ from onnxq.runtime.timings import TimingCache, default_folder
 from onnxq.schemes import scheme, scheme_names, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")
+COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
-             "verify": ("onnxq.verifier", "verify"),
+             "sweep": ("onnxq.sweep", "sweep"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
 # what the library is told when an option is not given
 COMPILE_DEFAULTS = {
@@ -37,6 +37,12 @@ COMPILE_DEFAULTS = {
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
+SWEEP_DEFAULTS = {"scheme": "w4a16", "vary": None, "calib": None, "samples": None, "batch": None, "eval": None,
+                  "metric": None, "shapes": {}, "target": "cpu", "threads": 0, "heard": None}
+SWEPT = {"model": "m.onnx", "scheme": "w4a16", "target": "cpu", "metric": None, "data": "e.npz", "vary": ["bits"],
+         "float": {"bytes": 1000, "metric": None}, "feeds": [{"x": [1, 8]}], "threads": 0, "notices": ["by the way"],
+         "rows": [{"bits": 4, "bytes": 300, "weight_error": 0.1, "sqnr_db": 20.0, "metric": None, "latency": [
+             {"float_ms": 1.0, "compiled_ms": 0.5, "speedup": 2.0, "low": 1.9, "high": 2.1}]}]}
 BENCH_DEFAULTS = {"data": None, "shapes": {}, "threads": 0}
 BENCHED = {"model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9, "high": 2.1,
            "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
@@ -182,6 +188,46 @@ def test_analyze_options(onnxq, replace, options, wanted):
     assert args == ("m.onnx",)
     del given["progress"]
     assert given == ANALYZE_DEFAULTS | wanted
+
+
+@pytest.mark.parametrize(("options", "wanted"), [
+    ([], {}), (["--scheme", "w8a16"], {"scheme": "w8a16"}), (["--samples", "4", "--batch", "2"],
+                                                            {"samples": 4, "batch": 2}),
+    (["--vary", "group_size=16,32", "--vary", "symmetric=true,false", "--vary", "search=mse"],
+     {"vary": {"group_size": [16, 32], "symmetric": [True, False], "search": ["mse"]}}),
+    (["--calib", "c.npz", "--eval", "e.npz", "--metric", "top1"],
+     {"calib": "c.npz", "eval": "e.npz", "metric": "top1"}),
+    (["--shape", "n=1,8"], {"shapes": {"n": (1, 8)}}), (["--threads", "2", "--target", "cpu"], {"threads": 2})])
+def test_sweep_options(onnxq, replace, options, wanted):
+    calls = replace("sweep", SWEPT)
+    result = onnxq("sweep", "m.onnx", *options)
+    assert result.status == 0
+    [(args, given)] = calls
+    assert args == ("m.onnx",)
+    del given["progress"]
+    assert given == SWEEP_DEFAULTS | wanted
+    assert "m.onnx: w4a16 on cpu, 1 combination" in result.out
+    assert "Note: by the way" in result.err
+
+
+def test_sweep_writes_json_and_a_plot(onnxq, replace, tmp_path):
+    replace("sweep", SWEPT)
+    assert json.loads(onnxq("sweep", "m.onnx", "--json").out) == SWEPT
+    files = [tmp_path / name for name in ("s.json", "s.svg")]
+    result = onnxq("sweep", "m.onnx", "--json", str(files[0]), "--plot", str(files[1]))
+    assert f"wrote {files[0]} and {files[1]}" in result.out.replace("\n", "")
+    assert json.loads(files[0].read_text()) == SWEPT
+    assert files[1].read_text().startswith("<svg")
+    assert onnxq("sweep", "m.onnx", "-q").out == ""
+
+
+@pytest.mark.parametrize("options", [["--plot", "s.png"], ["--plot", "missing/s.svg"], ["--json", "missing/s.json"]])
+def test_sweep_refuses_files_that_cannot_be_before_the_work(onnxq, replace, options):
+    calls = replace("sweep", SWEPT)
+    result = onnxq("sweep", "m.onnx", *options)
+    assert result.status in (2, 3)
+    assert "name a" in result.err
+    assert calls == []
 
 
 def test_analyze_prints_the_worst_first(onnxq, replace):
@@ -337,6 +383,9 @@ def test_interrupted_after_the_model_was_written(onnxq, replace, monkeypatch, tm
     (["analyze", "m.onnx", "--calib", "c.npz", "--sort", "size"], "range_parm"),
     (["analyze", "m.onnx", "--calib", "c.npz", "--top", "0"], "--top"),
     (["analyze", "m.onnx", "--calib", "c.npz", "--scheme", "w8a8", "--recipe", "r.yaml"], "exclude each other"),
+    *[(["sweep", "m.onnx", "--vary", text], "--vary group_size=32,128")
+      for text in ("bits", "=4", "bits=", "bits=4,,8")],
+    (["sweep", "m.onnx", "--vary", "bits=4", "--vary", "bits=8"], "twice"),
     (["cache", "--older-than", "3"], "--clear"),
     (["cache", "--clear", "--older-than", "-1"], "--older-than"),
     (["cache", "--clear", "--kernels"], "exclude each other"),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, ranges_option, threads_option
-from onnxq.cli.output import print_json, print_text, say, with_progress
+from onnxq.cli.output import check_file, print_json, print_text, say, with_progress
 from onnxq.errors import OutputError
 from onnxq.report import analysis, plot, terminal
 from onnxq.targets import TARGETS
@@ -60,7 +59,7 @@ def analyze_model(model: str, scheme: str | None, recipe: str | None, sort: str,
         plot.check(Path(plot_file))
     for name, file in (("--plot", plot_file), ("--json", json_file)):
         if file not in (None, _STDOUT):
-            _check_file(name, Path(str(file)))
+            check_file(name, Path(str(file)))
     found = with_progress(analyze, quiet, model, scheme=scheme or "auto", recipe=recipe, threads=threads or 0,
                           **options)
     if json_file == _STDOUT:
@@ -86,10 +85,3 @@ def _write(found: dict[str, Any], json_file: str | None, plot_file: str | None) 
         plot.save(found, plot_file)
         written.append(plot_file)
     return written
-
-
-def _check_file(option: str, path: Path) -> None:
-    """Refuse a file that can't be written before minutes of work go into what belongs there."""
-    folder = path.absolute().parent
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise OutputError(f"{path} can't be written; name another file for {option}")

@@ -65,6 +65,7 @@ def cli() -> None:
     Examples:
       onnxq compile model.onnx --calib calib.npz
       onnxq analyze model.onnx --calib calib.npz
+      onnxq sweep model.onnx --scheme w4a16 --vary group_size=32,64,128
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1
       onnxq bench model.onnx model.w8a8.onnx --threads 2
       onnxq generate model.onnx --prompt 'Once upon a time'

@@ -57,6 +57,13 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"the report can't be written to {folder}; choose another --report folder")
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file that can't be written before minutes of work go into what belongs there."""
+    folder = path.absolute().parent
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise OutputError(f"{path} can't be written; name another file for {option}")
+
+
 def print_json(data: Any) -> None:
     print_text(json.dumps(data, indent=1))
 

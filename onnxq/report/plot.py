@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -31,10 +31,14 @@ _STYLE = """
 
 def save(found: Mapping[str, Any], path: str | Path) -> None:
     """Write the drawing as .svg, or in a page with all figures as .html. Raises UsageError and OutputError."""
-    path = Path(path)
+    write(Path(path), lambda: svg(found), lambda: page(found))
+
+
+def write(path: Path, drawn: Callable[[], str], paged: Callable[[], str]) -> None:
+    """Write what one of these gives, by the kind of the file. Raises UsageError and OutputError."""
     check(path)
     try:
-        path.write_text(svg(found) if path.suffix.lower() == ".svg" else page(found), encoding="utf-8")
+        path.write_text(drawn() if path.suffix.lower() == ".svg" else paged(), encoding="utf-8")
     except OSError as e:
         raise OutputError(f"the plot can't be written to {path} ({e.strerror}); name another file") from None
 

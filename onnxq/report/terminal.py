@@ -20,6 +20,7 @@ from rich.text import Text
 
 from onnxq.progress import Progress, Silent
 from onnxq.report import analysis, wording
+from onnxq.report import sweep as sweeps
 from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
@@ -100,6 +101,28 @@ def layers(found: dict[str, Any], sort: str, top: int) -> str:
             _line(console, f"+{wording.plural(len(made) - MAX_OUTPUTS, 'more output')}", "dim")
 
     return _text(draw)
+
+
+def sweep(found: dict[str, Any]) -> str:
+    """The result of onnxq.sweep: a row for each combination."""
+
+    def draw(console: Console) -> None:
+        _line(console, sweeps.heading(found), "bold")
+        _line(console)
+        console.print(_table(sweeps.titles(found), [sweeps.cells(found, row) for row in found["rows"]]))
+        for text in sweeps.conditions(found):
+            _line(console, text, "dim")
+
+    return _text(draw)
+
+
+def combination(row: dict[str, Any]) -> str:
+    """One combination of a sweep in a line, as soon as it is known."""
+    speeds = ", ".join(f"{one['speedup']:.2f}x float" for one in row["latency"])
+    values = ", ".join(f"{name} {str(value).lower()}" for name, value in row.items() if name not in sweeps.FIGURES)
+    metric = "" if row["metric"] is None else f", metric {row['metric']:.5g}"
+    return wording.clean(f"{values}: {wording.size(row['bytes'])}, weight error {row['weight_error']:.2%}, output "
+                         f"{sweeps.decibels(row)}{metric}, {speeds}")
 
 
 def explanation(found: dict[str, Any]) -> str:
