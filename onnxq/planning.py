@@ -148,6 +148,8 @@ class Planning:
         scheme = self.recipe.scheme
         if self.calib is None or scheme.is_float or self.recipe.outliers.method == "none":
             return
+        if scheme.is_weight_only and self.recipe.rounding != "nearest":  # on top of GPTQ it was measured to do harm
+            return
         found = self._outlined()
         codes = frozenset(t for v in found.nodes.values() if v.int_output for t in (v.result, *v.more_results) if t)
         with self.stage("smooth"):
