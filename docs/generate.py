@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 import onnxq
-from onnxq import errors, recipe, schemes
+from onnxq import errors, presets, recipe, schemes
 from onnxq.cli import cli
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
@@ -85,11 +85,13 @@ def recipes() -> str:
     """The recipe's dataclasses and the schemes that ship."""
     parts = ["# Recipes and schemes", (inspect.getdoc(recipe) or ""), "## A full recipe, as --print-recipe shows it",
              f"```yaml\n{recipe.Recipe(schemes.scheme('w8a8')).to_yaml()}```"]
-    for kind in (recipe.Recipe, schemes.Scheme, schemes.TensorSpec, recipe.Rule, recipe.Match, recipe.Calibration,
-                 recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec, recipe.Bits):
+    for kind in (recipe.Recipe, schemes.Scheme, schemes.TensorSpec, recipe.Rule, recipe.Match, recipe.Layers,
+                 recipe.Calibration, recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec, recipe.Bits):
         parts += [f"## {kind.__name__}", inspect.getdoc(kind) or "", _fields(kind)]
     for name in schemes.scheme_names():
         parts += [f"## Scheme {name}", f"```yaml\n{schemes.scheme_text(name)}```"]
+    for name in presets.preset_names():
+        parts += [f"## Preset {name}", f"```yaml\n{presets.text(name)}```"]
     return "\n\n".join(parts)
 
 

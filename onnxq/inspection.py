@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import verification
+from onnxq import presets, verification
 from onnxq.explanation import codes
 from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
 from onnxq.numerics import dtypes
@@ -16,9 +16,7 @@ from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager
 from onnxq.plan import NodePlan
 from onnxq.planner.outline import outline
-from onnxq.recipe import Recipe
 from onnxq.runtime.machine import target_here
-from onnxq.schemes import scheme as named_scheme
 
 
 def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:
@@ -29,7 +27,7 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     scheme or target, and what loading a model raises.
     """
     here = target_here(target)
-    recipe = Recipe(named_scheme(scheme))
+    recipe = presets.named(scheme)
     graph = load(model)
     operators = Counter(_operator(node) for node, _ in graph.walk())
     ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}

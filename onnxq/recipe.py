@@ -27,20 +27,50 @@ RANKS = ("range_parm", "kurtosis", SQNR)  # what layers are ranked by
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Some of the repeated layers of a network: the `first` ones by their share of all, rounded down to whole layers,
+    the `last` ones by theirs, rounded up, and `every` n-th of those between (0: none).
+
+    A layer's number stands in the names of its nodes; how many there are, those tell that the rest of a match fits.
+    Source: use_more_bits of llama.cpp.
+    """
+
+    first: float = 0.0
+    last: float = 0.0
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        for key in ("first", "last"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise RecipeError(f"layers.{key}: {getattr(self, key)} is no share of the layers; give 0 to 1")
+        if self.every < 0:
+            raise RecipeError(f"layers.every: {self.every} counts nothing; give 1 or more, or 0 for none")
+
+    def holds(self, number: int, count: int) -> bool:
+        """Whether layer `number` of `count`, counted from 0, is one of them."""
+        begin, end = int(self.first * count), int((1 - self.last) * count)
+        return number < begin or number >= end or (self.every > 0 and (number - begin + 1) % self.every == 0)
+
+
+@dataclass(frozen=True)
 class Match:
-    """Which nodes a rule is for: an operator type, a glob over names, or both."""
+    """Which nodes a rule is for: an operator type, a glob over names, layers by number, or several of these."""
 
     op: str | None = None
     name: str | None = None
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Nodes that match get `scheme` (a name; `float` keeps them as they are), for `reason`."""
+    """Nodes that match get `scheme` (a name; `float` keeps them as they are), for `reason`. A name that matches nothing
+    is refused unless the rule is `optional`."""
 
     match: Match
     scheme: str
     reason: str = ""
+    optional: bool = False
 
 
 @dataclass(frozen=True)

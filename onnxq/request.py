@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from onnxq import presets
 from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
@@ -20,7 +21,6 @@ from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import in_blocks, scheme_names
-from onnxq.schemes import scheme as named_scheme
 from onnxq.targets import Target
 from onnxq.verification import Goal
 
@@ -79,7 +79,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
         chosen = read(recipe)
     else:
         name = ("w8a8" if calib is not None else "w8a8-dynamic") if scheme == AUTO else scheme
-        chosen = Recipe(named_scheme(name))
+        chosen = presets.named(name)
     calibration = replace(chosen.calibration,
                           samples=chosen.calibration.samples if samples is None else samples,
                           batch=chosen.calibration.batch if batch is None else batch,

@@ -22,8 +22,7 @@ class TensorSpec:
     (row of a dynamic activation) or `block` of `block_size` weights of the same output that follow one another.
 
     search: how the scales of blocks are found; auto (by what is left of the error, on calibration data where there are
-    some), absmax (from the extremes), mse (the least squared error), kquant (least squares over scale and minimum, as
-    llama.cpp does) or hqq (half-quadratic, a p-norm of the error that forgives outliers).
+    some), absmax (from the extremes) or mse (the least squared error over scale and minimum, as llama.cpp's k-quants).
     """
 
     dtype: str = "int8"
@@ -34,7 +33,7 @@ class TensorSpec:
     search: str = "auto"
 
 
-SEARCHES = ("auto", "absmax", "mse", "kquant", "hqq")
+SEARCHES = ("auto", "absmax", "mse")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has kernels for
 
 _WEIGHTS: dict[str, tuple[Any, ...]] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import verification
+from onnxq import presets, verification
 from onnxq.calibration.readers import open_data
 from onnxq.calibration.shapes import resized
 from onnxq.compiler import compile
@@ -31,7 +31,6 @@ from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import compare_models, environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.schemes import BLOCK_SIZES, SEARCHES, Scheme, in_blocks
-from onnxq.schemes import scheme as named_scheme
 from onnxq.targets import Target
 from onnxq.version import VERSION
 
@@ -58,12 +57,13 @@ def sweep(model: str | Path, *, scheme: str = "w4a16", vary: Mapping[str, Sequen
     left out. `heard` gets each row as it is known.
     Raises UsageError for a scheme without blocks or what can't vary, and all that compile() raises.
     """
-    combinations = _combinations(named_scheme(scheme), vary or {GROUP_SIZE: BLOCK_SIZES})
+    base = presets.named(scheme)
+    combinations = _combinations(base.scheme, vary or {GROUP_SIZE: BLOCK_SIZES})
     if metric is not None and calib is None and eval is None:
         raise UsageError("--metric needs data to measure on; give --eval DATA")
     given = {"calib": calib, "samples": samples, "batch": batch, "eval": eval, "metric": metric, "target": target,
              "threads": threads}
-    run = _Sweep(Path(model), given, {axis: (n,) if isinstance(n, int) else tuple(n)
+    run = _Sweep(Path(model), base, given, {axis: (n,) if isinstance(n, int) else tuple(n)
                                       for axis, n in (shapes or {}).items()}, progress or Silent())
     rows = []
     for number, (values, varied) in enumerate(combinations, 1):
@@ -80,8 +80,9 @@ def sweep(model: str | Path, *, scheme: str = "w4a16", vary: Mapping[str, Sequen
 class _Sweep:
     """What all combinations share: the float model and what it is fed."""
 
-    def __init__(self, model: Path, given: Row, shapes: Mapping[str, Sequence[int]], bar: Progress) -> None:
-        self.model, self.given, self.bar = model, given, bar
+    def __init__(self, model: Path, base: Recipe, given: Row, shapes: Mapping[str, Sequence[int]],
+                 bar: Progress) -> None:
+        self.model, self.base, self.given, self.bar = model, base, given, bar
         self.metric: float | None = None  # of the float model
         bar.stage("load")
         self.graph = load(model)
@@ -115,7 +116,7 @@ class _Sweep:
         """The figures of one combination."""
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             path, plan = Path(folder) / "compiled.onnx", Path(folder) / "plan"
-            report = compile(self.model, path, recipe=Recipe(scheme), measure=False, save_plan=plan,
+            report = compile(self.model, path, recipe=replace(self.base, scheme=scheme), measure=False, save_plan=plan,
                              progress=_Within(self.bar), **self.given)
             compiled = Session(path, SessionOptions(self.target.provider, self.given["threads"]))
             found = {**_figures(report, self.given["metric"]),

@@ -13,14 +13,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from onnxq import request
+from onnxq import presets, request
 from onnxq.cli import cli, main
 from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
 from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size, Verdict
 from onnxq.runtime.race import KernelTime
 from onnxq.runtime.timings import TimingCache, default_folder
-from onnxq.schemes import scheme, scheme_names, scheme_text
+from onnxq.schemes import scheme, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
 COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")
@@ -455,7 +455,7 @@ def test_json_of_the_other_commands(onnxq, replace):
     replace("bench", BENCHED)
     assert json.loads(onnxq("bench", "a.onnx", "--json").out) == BENCHED
     listed = json.loads(onnxq("schemes", "--json").out)
-    assert [row["name"] for row in listed] == scheme_names()
+    assert [row["name"] for row in listed] == presets.names()
     assert json.loads(onnxq("schemes", "w8a8", "--json").out) == yaml.safe_load(scheme_text("w8a8"))
     resolved = json.loads(onnxq("compile", "--print-recipe", "--scheme", "w8a8", "--json").out)
     assert resolved["scheme"]["name"] == "w8a8"
@@ -556,10 +556,10 @@ def test_a_report_that_fails_late_is_3_and_leaves_json_empty(onnxq, replace, tmp
 def test_schemes(onnxq):
     result = onnxq("schemes")
     assert result.status == 0
-    assert [line.split()[0] for line in result.out.splitlines()[1:]] == scheme_names()
-    for name in scheme_names():
-        assert scheme(name).summary in result.out
-        assert onnxq("schemes", name).out == scheme_text(name)
+    assert [line.split()[0] for line in result.out.splitlines()[1:]] == presets.names()
+    for name in presets.names():
+        assert presets.named(name).scheme.summary in result.out
+        assert onnxq("schemes", name).out == presets.text(name)
 
 
 def test_an_unknown_scheme_gets_near_ones(onnxq):

@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str] | None] = {
     "targets": set(),
     "schemes": {"plain"},
     "recipe": {"plain", "schemes", "sizes"},
+    "presets": {"recipe", "schemes"},
     "graph": {"numerics", "ports"},
     "plan": {"numerics"},
     "passes": {"graph", "numerics", "plan", "recipe", "schemes", "spool", "targets"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import verification
+from onnxq import presets, verification
 from onnxq.calibration.readers import open_data
 from onnxq.errors import ModelError, OnnxqError, UsageError
 from onnxq.explanation import codes, lookup
@@ -45,7 +45,6 @@ from onnxq.runtime.machine import target_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import Scheme
-from onnxq.schemes import scheme as named_scheme
 from onnxq.targets import Target
 
 DEFAULT_SCHEME = "w8a8"
@@ -78,7 +77,7 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
                 raise UsageError(f"{path} is quantized already; leave out --scheme, or name the float model")
             story = _of_compiled(path, graph, node, here)
         else:
-            story = _of_float(path, graph, node, named_scheme(scheme or DEFAULT_SCHEME), here)
+            story = _of_float(path, graph, node, presets.named(scheme or DEFAULT_SCHEME), here)
     found: dict[str, Any] = plain(dataclasses.asdict(story))
     return found
 
@@ -135,10 +134,10 @@ def _fields(kind: Any) -> set[str]:
 # ------------------------------------------------------------------ a float model
 
 
-def _of_float(path: Path, graph: Graph, wanted: str, scheme: Scheme, target: Target) -> Story:
+def _of_float(path: Path, graph: Graph, wanted: str, recipe: Recipe, target: Target) -> Story:
     original, removals = graph.copy(), Removals(graph)
     PassManager(canonicalize(), [removals]).run(graph, Context(target))
-    verdicts = outline(graph, Recipe(scheme), target).nodes
+    verdicts = outline(graph, recipe, target).nodes
     rows = [verification.row(n) for n in verdicts.values()]
     codes.connect(rows, verdicts, graph)
     rows += verification.removed_rows(removals)
@@ -151,12 +150,12 @@ def _of_float(path: Path, graph: Graph, wanted: str, scheme: Scheme, target: Tar
     holder = original if name in removals.found else graph
     if name in removals.found:
         row.inputs = codes.reads(_node(original, name))
-    encodings, by_calibration = _to_come(rows, verdicts, scheme)
+    encodings, by_calibration = _to_come(rows, verdicts, recipe.scheme)
     story = assemble(FLOAT_MODEL, str(path), rows, encodings, name)
     story.summary = summary(row, FLOAT_MODEL, story.computes)
     for part in (p for p in (*story.inputs, *story.outputs) if p.name in by_calibration and p.scale_found):
         part.scale_found = "calibration"
-    _describe(story, holder, scheme)
+    _describe(story, holder, recipe.scheme)
     if row.scheme != wording.FOLDED:
         story.notes.append("nothing was run or measured: onnxq compile finds ranges, times the result against float, "
                            "and leaves float what does not pay")

@@ -19,7 +19,7 @@ from onnxq.planner.left import lower_left
 from onnxq.planner.pools import pool_kernel
 from onnxq.planner.products import Product, lower_products
 from onnxq.planner.recurrent import lower_lstms
-from onnxq.planner.rules import schemes, verdicts
+from onnxq.planner.rules import named, schemes, verdicts
 from onnxq.planner.storing import store
 from onnxq.recipe import Recipe
 from onnxq.schemes import Scheme, TensorSpec
@@ -107,6 +107,10 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
         free = {name: scheme for name, scheme in schemes(graph, recipe).items() if name not in outliner.kept}
         free |= {name: one.scheme for name, one in chosen.items() if name in free}
         found.formats = weight_only.choose(graph, found.nodes, free, measured.refused, target)
+        reasons = {name: rule.reason for name, rule in named(graph, recipe).items() if rule.reason}
+        for name, verdict in found.nodes.items():
+            if verdict.weight in found.formats and name in reasons:
+                found.nodes[name] = replace(verdict, reason=f"{verdict.reason}; {reasons[name]}")
         for name, one in chosen.items():
             found.nodes[name] = replace(found.nodes[name], reason=f"{found.nodes[name].reason}; {one.reason}")
         store(graph, found.nodes, outliner.kept)
