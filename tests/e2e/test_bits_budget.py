@@ -134,13 +134,3 @@ def test_measured_kernels_keep_the_size(compiled: Compile, tmp_path: Path) -> No
     report = compiled(scheme="w4a16", max_size="400kB", measure=True)
     assert report.ok, report.verdict.failures
     assert (tmp_path / "o.onnx").stat().st_size <= 400_000
-
-
-def test_a_plan_of_blocks_for_another_model_is_refused(compiled: Compile, tmp_path: Path) -> None:
-    compiled(scheme="w4a16", save_plan=tmp_path / "plan")
-    model = onnx.load(FOLDER / "model.onnx")
-    [table] = [t for t in model.graph.initializer if t.name == "embed_tokens.weight"]
-    table.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(table)[:1000], table.name))
-    onnx.save(model, tmp_path / "other.onnx")
-    with pytest.raises(UsageError, match=r"'embed_tokens\.weight' have \[1000, 3\] blocks, not \[1024, 3\]"):
-        onnxq.compile(tmp_path / "other.onnx", tmp_path / "again.onnx", plan=tmp_path / "plan", measure=False)
