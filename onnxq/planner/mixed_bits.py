@@ -158,8 +158,9 @@ class MixedBits:
 
     def _asked(self) -> str:
         bits = self.recipe.bits
+        size = bits.max_size or ""
         return " and ".join(said for said in (f"{bits.target:g} bits per weight" if bits.target is not None else "",
-                                              bits.max_size or "") if said)
+                                              f"{size} bytes" if size.isdecimal() else size) if said)
 
     def _summary(self, items: Sequence[Sequence[Option]], taken: Sequence[int], refused: Mapping[str, str]) -> str:
         assert self.costs is not None

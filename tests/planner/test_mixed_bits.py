@@ -88,6 +88,14 @@ def test_the_more_sensitive_weight_gets_the_bits(opened: Opener) -> None:
                             "estimate")
 
 
+@pytest.mark.parametrize(("bits", "asked"), [
+    (Bits(9.0), "9 bits per weight"), (Bits(max_size="40MB"), "40MB"), (Bits(max_size="40000000"), "40000000 bytes"),
+    (Bits(9.0, "40MB"), "9 bits per weight and 40MB")])
+def test_the_budget_in_words(bits: Bits, asked: str, opened: Opener) -> None:
+    found = mixed(graph_of(opened), replace(bits, choices=("w8a16",), block_sizes=(32,)), {"a": [0.1], "d": [0.2]})
+    assert found.choose({}, 0)["first"].reason == f"chosen within {asked}, where it costs 0.1 of the output's power"
+
+
 def test_what_a_rule_names_keeps_the_rules_scheme(opened: Opener) -> None:
     bits = Bits(20.0, choices=("w4a16",), block_sizes=(32, 128))
     rules = (Rule(Match(name="second"), "w8a16"),)
