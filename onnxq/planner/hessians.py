@@ -51,13 +51,13 @@ class Halves:
         self.halves = Half(view, decoded, alike), Half(view, decoded, alike)
 
 
-def chunks(inputs: Mapping[Key, int], most_bytes: int = _MOST_BYTES) -> list[list[Key]]:
+def chunks(inputs: Mapping[Key, int]) -> list[list[Key]]:
     """Keys whose Hessians are held together; `inputs` is K of each."""
     found: list[list[Key]] = []
-    size = most_bytes
+    size = _MOST_BYTES
     for key, count in inputs.items():
         need = 3 * 8 * count**2
-        if size + need > most_bytes:
+        if size + need > _MOST_BYTES:
             found.append([])
             size = 0
         found[-1].append(key)

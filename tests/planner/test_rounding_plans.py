@@ -17,7 +17,7 @@ from onnxq.numerics import affine
 from onnxq.numerics.rounding import Hessian, gptq
 from onnxq.numerics.smoothing import Activation
 from onnxq.plan import TOKEN, Plan
-from onnxq.planner import ranging, rounding
+from onnxq.planner import hessians, ranging, rounding
 from onnxq.planner.outline import Measured, outline
 from onnxq.planner.readers import groups
 from onnxq.planner.scales import finish
@@ -153,8 +153,8 @@ def test_layers_share_a_hessian_and_run_in_as_many_runs_as_memory_needs(tmp_path
 
     monkeypatch.setattr(observer, "fold", counted)
     results = []
-    for most in (rounding._MOST_BYTES, 1):
-        monkeypatch.setattr(rounding, "_MOST_BYTES", most)
+    for most in (hessians._MOST_BYTES, 1):
+        monkeypatch.setattr(hessians, "_MOST_BYTES", most)
         results.append(rounding.round_weights(of.graph, plan, of.by))
     assert runs == [["x", "t"], ["x"], ["t"]]
     assert {"w", "v"} <= results[0].keys() == results[1].keys()
@@ -178,6 +178,6 @@ def test_many_patches_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The same ones each time."""
     of = case(conv(), tmp_path, together(64, K, 7, 7, axis=1), batch=16)
     plan = planned(of)
-    monkeypatch.setattr(rounding, "_PATCHES", 100)
+    monkeypatch.setattr(hessians, "_PATCHES", 100)
     codes = [rounding.round_weights(of.graph, plan, of.by)["w"] for _ in range(2)]
     np.testing.assert_array_equal(codes[0], codes[1])
