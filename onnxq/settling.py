@@ -37,6 +37,8 @@ MOST_CONFIRMATIONS = 5
 _CLEARLY = 1.5  # times as fast: what the more accurate of two dynamic schemes may cost where nobody measures accuracy
 # by what share of its float time a unit has to be faster in integers; the file is the same size either way
 _TIES = {"balanced": 0.02, "latency": 0.0, "size": -0.02}
+_DECODED = ("weights are decoded as the model is loaded: on these shapes kernels that read codes are no faster than "
+            "float's; --shape tells of others, --no-measure keeps the kernels")
 _CONFIRM_SECONDS, _CONFIRM_ROUNDS = 0.2, 5
 
 
@@ -153,7 +155,9 @@ class Settling:
         if not self._faster(chosen, found.plan):
             return
         found.plan, found.latency, found.measured = chosen, None, measured
-        if not chosen.quantized():
+        if not chosen.quantized() and self.request.recipe.scheme.is_weight_only:
+            self.report.verdict.notices.append(_DECODED)
+        elif not chosen.quantized():
             self.report.verdict.notices.append(
                 "nothing pays, left float: each kernel was measured as fast or faster in float, or gains less than "
                 "conversions cost; --no-measure keeps int8 all the same")
@@ -235,6 +239,7 @@ class Settling:
         assert found.latency is not None
         took = _took(found.latency)
         self.report.verdict.notices.append(
+            _DECODED if self.request.recipe.scheme.is_weight_only else
             f"nothing pays, left float: int8 ran at {found.latency.speedup:.2f}x float here ({took}); --no-measure "
             "keeps it all the same")
         reason = f"int8 does not pay here: {took} in float"
