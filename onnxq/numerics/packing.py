@@ -2,13 +2,12 @@
 
 A code travels unsigned where blocks have parameters: *stored* = code - qmin, so int4 -8 .. 7 is stored as 0 .. 15 and
 its zero point moves along with it. The zero point that kernels take for granted, 2**(bits - 1), is that of symmetric
-signed codes. Bytes fill from their low bits up, except in MatMulBnb4:
+signed codes. Bytes fill from their low bits up:
 
     4 bits   | b a |    | d c |                  a, b, c .. are codes in turn; the high bits of a byte are on the left
     2 bits   | d c b a |    | h g f e |
-    Bnb4     | a b |    | c d |
 
-Source: com.microsoft MatMulNBits-1, GatherBlockQuantized-1 and MatMulBnb4-1; ONNX TensorProto, opset 25.
+Source: com.microsoft MatMulNBits-1 and GatherBlockQuantized-1; ONNX TensorProto, opset 25.
 """
 
 from __future__ import annotations
@@ -132,18 +131,6 @@ def unpack_gather(blobs: Blobs, dtype: DType, block_size: int) -> tuple[Array, Q
     codes = unpack_bits(packed, dtype.bits, packed.shape[1] * 8 // dtype.bits)
     zeros = np.ascontiguousarray(_zero_points(zero_points, dtype, scales))
     return np.ascontiguousarray(_codes(codes, dtype)), QuantParams(scales, zeros, dtype, 1, block_size)
-
-
-def pack_high(codes: Bytes) -> Bytes:
-    """[ceil(n / 2)] for 4-bit codes [n] in turn, high bits first, as MatMulBnb4 reads them: | a b | c d | .."""
-    pairs = np.zeros((-(-codes.size // 2), 2), np.uint8)
-    pairs.reshape(-1)[: codes.size] = codes
-    return np.asarray(pairs[:, 0] << np.uint8(4) | pairs[:, 1])
-
-
-def unpack_high(packed: Bytes, count: int) -> Bytes:
-    """The first `count` codes, as they were before pack_high."""
-    return np.stack([packed >> np.uint8(4), packed & np.uint8(15)], axis=1).reshape(-1)[:count]
 
 
 def stored(q: Array, dtype: DType) -> Bytes:

@@ -16,12 +16,10 @@ from onnxq.numerics.packing import (
     pack_bits,
     pack_flat,
     pack_gather,
-    pack_high,
     pack_matmul,
     unpack_bits,
     unpack_flat,
     unpack_gather,
-    unpack_high,
     unpack_matmul,
 )
 
@@ -63,10 +61,6 @@ def test_low_bits_first_by_hand():
     assert pack_bits(np.uint8([[1, 2], [3, 4], [5, 6]]), 4, axis=0).tolist() == [[0x31, 0x42], [0x05, 0x06]]
 
 
-def test_high_bits_first_by_hand():
-    assert pack_high(np.uint8([1, 2, 15])).tolist() == [0x12, 0xF0]
-
-
 @given(SEEDS, st.sampled_from([2, 4, 8]), st.integers(0, 20), st.sampled_from([0, 1, 2, -1]))
 @no_deadline
 def test_bits_come_back(seed, bits, count, axis):
@@ -76,13 +70,6 @@ def test_bits_come_back(seed, bits, count, axis):
     packed = pack_bits(codes, bits, axis)
     assert packed.size == codes.size // max(count, 1) * -(-count * bits // 8)
     np.testing.assert_array_equal(unpack_bits(packed, bits, count, axis), codes)
-
-
-@given(SEEDS, st.integers(0, 20))
-@no_deadline
-def test_high_bits_come_back(seed, count):
-    codes = np.random.default_rng(seed).integers(0, 16, count).astype(np.uint8)
-    np.testing.assert_array_equal(unpack_high(pack_high(codes), count), codes)
 
 
 @given(SEEDS, any_type, st.lists(st.integers(0, 5), max_size=3))
