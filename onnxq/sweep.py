@@ -18,7 +18,7 @@ from onnxq.compiler import compile
 from onnxq.errors import ModelError, UsageError
 from onnxq.graph import Graph, load, stored_bytes
 from onnxq.numerics import affine
-from onnxq.passes.blocks import coded, layout
+from onnxq.passes.blocks import coded, inputs_first, layout
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager
 from onnxq.passes.transform.smooth import Smooth
@@ -27,6 +27,7 @@ from onnxq.planner.weight_only import readers, weight_of
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.report.report import Report
+from onnxq.request import several
 from onnxq.runtime.machine import target_here
 from onnxq.runtime.measure import compare_models, environment
 from onnxq.runtime.session import Session, SessionOptions
@@ -63,8 +64,7 @@ def sweep(model: str | Path, *, scheme: str = "w4a16", vary: Mapping[str, Sequen
         raise UsageError("--metric needs data to measure on; give --eval DATA")
     given = {"calib": calib, "samples": samples, "batch": batch, "eval": eval, "metric": metric, "target": target,
              "threads": threads}
-    run = _Sweep(Path(model), base, given, {axis: (n,) if isinstance(n, int) else tuple(n)
-                                      for axis, n in (shapes or {}).items()}, progress or Silent())
+    run = _Sweep(Path(model), base, given, several(shapes or {}), progress or Silent())
     rows = []
     for number, (values, varied) in enumerate(combinations, 1):
         run.bar.stage(f"{described(values)} ({number} of {len(combinations)})")
@@ -204,8 +204,7 @@ def _weight_error(graph: Graph, plan: Plan, target: Target) -> float:
         if form is None:
             continue
         weight = weight_of(reading[0][1])
-        values = np.asarray(scaled.read(weight), np.float32)
-        values = values.T if form.axis else values
+        values = inputs_first(np.asarray(scaled.read(weight), np.float32), form.axis)
         codes, params = coded(scaled, weight, plan)()
         error += float(np.square(affine.dequantize(codes, params) - values, dtype=np.float64).sum())
         power += float(np.square(values, dtype=np.float64).sum())

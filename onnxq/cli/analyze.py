@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, ranges_option, threads_option
-from onnxq.cli.output import check_file, print_json, print_text, say, with_progress
-from onnxq.errors import OutputError
+from onnxq.cli.output import STDOUT, check_files, show_figures, with_progress
 from onnxq.report import analysis, plot, terminal
 from onnxq.targets import TARGETS
-
-_STDOUT = "-"
 
 
 @click.command("analyze", short_help="Tell which layers int8 hurts most, and why.")
@@ -28,7 +23,7 @@ _STDOUT = "-"
 @click.option("--sort", type=click.Choice(list(analysis.SORTS)), default="sqnr", show_default=True,
               help="What the worst layers are the first by.")
 @click.option("--top", type=POSITIVE, metavar="N", default=20, show_default=True, help="Layers that are shown.")
-@click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=_STDOUT,
+@click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=STDOUT,
               help="Write all layers, in execution order, as JSON into FILE; without one, print that and nothing else.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the layers into FILE.html or FILE.svg.")
 @click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
@@ -55,33 +50,7 @@ def analyze_model(model: str, scheme: str | None, recipe: str | None, sort: str,
 
     if scheme is not None and recipe is not None:
         raise click.UsageError("--scheme and --recipe exclude each other; name the scheme in the recipe.")
-    if plot_file is not None:
-        plot.check(Path(plot_file))
-    for name, file in (("--plot", plot_file), ("--json", json_file)):
-        if file not in (None, _STDOUT):
-            check_file(name, Path(str(file)))
+    check_files(json_file, plot_file)
     found = with_progress(analyze, quiet, model, scheme=scheme or "auto", recipe=recipe, threads=threads or 0,
                           **options)
-    if json_file == _STDOUT:
-        print_json(found)
-    elif not quiet:
-        print_text(terminal.layers(found, sort, top))
-    for notice in found["notices"] if not quiet else ():
-        say(f"Note: {notice}", "yellow")
-    written = _write(found, json_file, plot_file)
-    if written and json_file != _STDOUT and not quiet:
-        print_text(terminal.line(f"wrote {' and '.join(written)}", "green"))
-
-
-def _write(found: dict[str, Any], json_file: str | None, plot_file: str | None) -> list[str]:
-    written = []
-    if json_file not in (None, _STDOUT):
-        try:
-            Path(str(json_file)).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise OutputError(f"{json_file} can't be written ({e.strerror}); name another file for --json") from None
-        written.append(str(json_file))
-    if plot_file is not None:
-        plot.save(found, plot_file)
-        written.append(plot_file)
-    return written
+    show_figures(found, lambda: terminal.layers(found, sort, top), plot.save, json_file, plot_file, quiet)

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import click
 
 from onnxq.errors import OutputError
-from onnxq.report import terminal
+from onnxq.report import plot, terminal
 from onnxq.report.report import Report
 
 T = TypeVar("T")
 
+STDOUT = "-"  # the name of a file that stands for it
 FATE = "onnxq.fate"  # key of click's context: what became of the output
 
 
@@ -62,6 +63,38 @@ def check_file(option: str, path: Path) -> None:
     folder = path.absolute().parent
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise OutputError(f"{path} can't be written; name another file for {option}")
+
+
+def check_files(json_file: str | None, plot_file: str | None) -> None:
+    """The same of what --json and --plot name, and refuse a plot of another kind than there are."""
+    if plot_file is not None:
+        plot.check(Path(plot_file))
+    for name, file in (("--plot", plot_file), ("--json", json_file)):
+        if file not in (None, STDOUT):
+            check_file(name, Path(str(file)))
+
+
+def show_figures(found: dict[str, Any], shown: Callable[[], str], draw: Callable[[dict[str, Any], str], None],
+                 json_file: str | None, plot_file: str | None, quiet: bool) -> None:
+    """Print figures as `shown`, or as JSON, and write the files that were asked for; `draw` writes the plot."""
+    if json_file == STDOUT:
+        print_json(found)
+    elif not quiet:
+        print_text(shown())
+    for notice in found["notices"] if not quiet else ():
+        say(f"Note: {notice}", "yellow")
+    written = []
+    if json_file not in (None, STDOUT):
+        try:
+            Path(str(json_file)).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as e:
+            raise OutputError(f"{json_file} can't be written ({e.strerror}); name another file for --json") from None
+        written.append(str(json_file))
+    if plot_file is not None:
+        draw(found, plot_file)
+        written.append(plot_file)
+    if written and json_file != STDOUT and not quiet:
+        print_text(terminal.line(f"wrote {' and '.join(written)}", "green"))
 
 
 def print_json(data: Any) -> None:

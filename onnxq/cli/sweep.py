@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxq.cli.options import DATA, POSITIVE, debug_option, metric_option, quiet_option, sizes, threads_option
-from onnxq.cli.output import check_file, print_json, print_text, say, with_progress
-from onnxq.errors import OutputError
-from onnxq.report import plot, sweep_plot, terminal
+from onnxq.cli.output import STDOUT, check_files, show_figures, with_progress
+from onnxq.report import sweep_plot, terminal
 from onnxq.targets import TARGETS
-
-_STDOUT = "-"
 
 
 def _varied(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, list[str]]:
@@ -46,7 +41,7 @@ def _varied(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--shape", "shapes", metavar="AXIS=N[,N]", multiple=True, callback=sizes,
               help="The size of a free axis to time with, or several, each by itself; may be repeated.  [default: that "
                    "of the data]")
-@click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=_STDOUT,
+@click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=STDOUT,
               help="Write everything as JSON into FILE; without one, print that and nothing else.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the figures into FILE.html or FILE.svg.")
 @click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
@@ -69,34 +64,8 @@ def sweep_model(model: str, vary: dict[str, list[str]], json_file: str | None, p
     """
     from onnxq.sweep import read, sweep
 
-    if plot_file is not None:
-        plot.check(Path(plot_file))
-    for name, file in (("--plot", plot_file), ("--json", json_file)):
-        if file not in (None, _STDOUT):
-            check_file(name, Path(str(file)))
-    seen = not quiet and json_file != _STDOUT and sys.stderr.isatty()
+    check_files(json_file, plot_file)
+    seen = not quiet and json_file != STDOUT and sys.stderr.isatty()
     found = with_progress(sweep, quiet, model, vary=read(vary) or None, threads=threads or 0,
                           heard=(lambda row: print(terminal.combination(row))) if seen else None, **options)
-    if json_file == _STDOUT:
-        print_json(found)
-    elif not quiet:
-        print_text(terminal.sweep(found))
-    for notice in found["notices"] if not quiet else ():
-        say(f"Note: {notice}", "yellow")
-    written = _write(found, json_file, plot_file)
-    if written and json_file != _STDOUT and not quiet:
-        print_text(terminal.line(f"wrote {' and '.join(written)}", "green"))
-
-
-def _write(found: dict[str, Any], json_file: str | None, plot_file: str | None) -> list[str]:
-    written = []
-    if json_file not in (None, _STDOUT):
-        try:
-            Path(str(json_file)).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise OutputError(f"{json_file} can't be written ({e.strerror}); name another file for --json") from None
-        written.append(str(json_file))
-    if plot_file is not None:
-        plot.write(Path(plot_file), lambda: sweep_plot.svg(found), lambda: sweep_plot.page(found))
-        written.append(plot_file)
-    return written
+    show_figures(found, lambda: terminal.sweep(found), sweep_plot.save, json_file, plot_file, quiet)

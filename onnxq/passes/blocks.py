@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from onnxq.graph import Graph, Tensor
+from onnxq.graph import Graph, Node, Tensor, shape_of
 from onnxq.numerics import affine, blocks, packing
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import DType
-from onnxq.plan import Plan
+from onnxq.passes.manager import Context
+from onnxq.plan import UNTOUCHED, Blocks, NodePlan, Plan
 
 Array = npt.NDArray[Any]
 
@@ -49,6 +50,21 @@ def code_type(dtype: DType) -> np.dtype[Any]:
     return np.dtype(getattr(ml_dtypes, dtype.name)) if dtype.bits < 8 else dtype.storage
 
 
+def part_names(weight: str, form: Layout) -> list[str]:
+    """What codes, scales and, unless they are symmetric, zero points are called as kernels read them."""
+    names = [f"{weight}.{part}" for part in ("blocks", "block_scales", "block_zeros")]
+    return names[:2] if form.dtype.signed else names
+
+
+def decoded_for(node: Node, context: Context) -> NodePlan | None:
+    """The verdict on a node that a kernel shall run on blocks and that reads them decoded, else None."""
+    verdict = context.plan.node(node.name)
+    if verdict is None or verdict.activation != UNTOUCHED or not verdict.is_int or verdict.part_of is not None:
+        return None
+    reads = node.inputs[0 if node.op == "Gather" else 1].name
+    return verdict if reads == f"{verdict.weight}.decoded" else None
+
+
 def coded(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], tuple[Array, QuantParams]]:
     """(codes [K, N], their parameters along axis 0) of a weight, found when they are asked for.
 
@@ -58,18 +74,21 @@ def coded(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], tuple[Array,
 
     def compute() -> tuple[Array, QuantParams]:
         if how is not None:
-            values = _inputs_first(graph.read(weight), how.axis)
-            params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, how.search)
-            return affine.quantize(values, params), params
+            return by_formula(inputs_first(graph.read(weight), how.axis), how)
         assert known is not None
-        params = known
-        if known.axis == 1:
-            params = _by_rows(known)
+        assert known.axis is not None
+        params = transposed(known) if known.axis else known
         if rounded is not None:
-            return _inputs_first(rounded, known.axis or 0), params
-        return affine.quantize(_inputs_first(graph.read(weight), known.axis or 0), params), params
+            return inputs_first(rounded, known.axis), params
+        return affine.quantize(inputs_first(graph.read(weight), known.axis), params), params
 
     return compute
+
+
+def by_formula(values: Array, how: Blocks) -> tuple[Array, QuantParams]:
+    """(codes, parameters along axis 0) of a weight [K, N] that follow from its values alone."""
+    params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, how.search)
+    return affine.quantize(values, params), params
 
 
 def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]]:
@@ -77,21 +96,21 @@ def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]
     form = layout(plan, weight.name)
     assert form is not None
 
+    dims = [int(d or 0) for d in shape_of(weight) or ()]
+
     def compute() -> list[Array]:
         how = plan.blocks.get(weight.name)
-        values = graph.read(weight) if how is not None else np.empty((0, 0))
-        if how is not None and not (form.axis and values.shape[1] % form.block_size):  # in one go, as it is saved
-            values = _inputs_first(values, form.axis)
-            blobs, scales, zeros = blocks.quantize_packed(values, how.dtype, how.block_size, how.symmetric, how.search)
-            blobs = blobs.reshape(len(blobs), -1) if form.axis else blobs  # rows of a table are blocks one by one
-            zeros = _default(scales, how.dtype) if zeros is None else zeros
-            return [blobs, scales] if how.symmetric else [blobs, scales, zeros]
-        codes, params = coded(graph, weight, plan)()
-        found = packing.pack_gather(codes.T, _by_rows(params)) if form.axis else packing.pack_matmul(codes, params)
+        if how is not None and not (form.axis and dims[1] % form.block_size):  # in one go, as it is saved
+            codes, scales, zeros = blocks.quantize_packed(inputs_first(graph.read(weight), form.axis), how.dtype,
+                                                          how.block_size, how.symmetric, how.search)
+            codes = codes.reshape(len(codes), -1) if form.axis else codes  # rows of a table are blocks one by one
+        else:
+            q, params = coded(graph, weight, plan)()
+            codes, scales, zeros = (packing.pack_gather(q.T, transposed(params)) if form.axis
+                                    else packing.pack_matmul(q, params))
         if form.dtype.signed:
-            return list(found[:2])
-        zeros = packing.pack_zero_points(packing.stored(params.zero_point.T, params.dtype), params.dtype.bits)
-        return [*found[:2], _default(found[1], params.dtype) if zeros is None else zeros]
+            return [codes, scales]
+        return [codes, scales, _default(scales, form.dtype) if zeros is None else zeros]
 
     return compute
 
@@ -101,14 +120,15 @@ def _default(scales: Array, dtype: DType) -> Array:
     return packing.pack_bits(np.full(scales.shape, 2 ** (dtype.bits - 1), np.uint8), dtype.bits)
 
 
-def _by_rows(params: QuantParams) -> QuantParams:
-    """Of the transpose: blocks along axis 1 in place of 0, or the other way round."""
+def transposed(params: QuantParams) -> QuantParams:
+    """Those of the transpose: blocks along axis 1 in place of 0, or the other way round."""
     assert params.axis is not None
     return QuantParams(np.ascontiguousarray(params.scale.T), np.ascontiguousarray(params.zero_point.T), params.dtype,
                        1 - params.axis, params.block_size)
 
 
-def _inputs_first(values: Array, axis: int) -> Array:
+def inputs_first(values: Array, axis: int) -> Array:
+    """[K, N] of a weight whose blocks run along `axis`: its transpose where that is 1."""
     return values.T if axis == 1 else values
 
 

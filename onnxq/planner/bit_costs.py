@@ -24,6 +24,7 @@ from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.divergence import Divergence
 from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.rounding import Hessian
+from onnxq.passes.blocks import inputs_first
 from onnxq.planner import hessians
 from onnxq.planner.weight_only import LINEAR, axis, weight_of
 from onnxq.progress import Progress
@@ -189,8 +190,7 @@ def _power(x: Floats, hessian: npt.NDArray[np.float64] | None) -> float:
 
 
 def _inputs_first(graph: Graph, weight: Weight) -> Floats:
-    values = np.asarray(graph.read(weight.tensor), np.float32)
-    return values.T if weight.axis else values
+    return inputs_first(np.asarray(graph.read(weight.tensor), np.float32), weight.axis)
 
 
 def _decoded(values: Floats, spec: TensorSpec) -> Floats:

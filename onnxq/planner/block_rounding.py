@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.graph import Graph, Node, Tensor, identity, is_constant, shape_of, up_to
-from onnxq.numerics import affine, blocks, rounding
+from onnxq.numerics import blocks, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.compensation import Drift
+from onnxq.passes.blocks import by_formula as formula
+from onnxq.passes.blocks import inputs_first, transposed
 from onnxq.passes.manager import Context
 from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.plain import plain
@@ -38,7 +40,7 @@ def by_formula(graph: Graph, plan: Plan, progress: Callable[[int], None] | None 
     wanted = [(name, weight) for name, weight in _weights(graph, plan).items() if name not in spared]
     for done, (name, weight) in enumerate(wanted):
         how = plan.blocks[name]
-        _note(plan, name, *_formula(_inputs_first(graph, weight, how), how))
+        _note(plan, name, *formula(_values(graph, weight, how), how))
         if progress is not None:
             progress(done + 1)
 
@@ -66,9 +68,9 @@ def by_data(graph: Graph, plan: Plan, by: Searching, spool: Spool | None = None)
 def _affordable(graph: Graph, plan: Plan, names: list[str], by: Searching) -> bool:
     """Whether the model may run once for each of the tensors, half of it on average, and in two forms."""
     weights = sum(int(np.prod([int(d or 0) for d in shape_of(t) or ()])) for t in _weights(graph, plan).values())
-    counted = _Halves(paired=False)
+    counted = _Rows()
     observer.fold(up_to(graph, names[:1]), {names[0]: counted}, by.data, by.how, by.options)
-    return 2.0 * len(names) * weights * sum(half.drift.count for half in counted.halves) <= _WORK
+    return 2.0 * len(names) * weights * counted.rows <= _WORK
 
 
 def _beginning(graph: Graph, plan: Plan, by: Searching) -> str:
@@ -116,7 +118,7 @@ def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching,
         for node in layers if seen.count and unseen.count else ():
             weight = weight_of(node)
             how = plan.blocks[weight.name]
-            _note(plan, weight.name, *_rounded(_inputs_first(graph, weight, how), how, seen, unseen))
+            _note(plan, weight.name, *_rounded(_values(graph, weight, how), how, seen, unseen))
     done = {weight_of(node).name for layers in tasks.values() for node in layers}
     by_formula(graph, plan, spared=plan.blocks.keys() - done)  # of what no rows were seen
 
@@ -127,6 +129,17 @@ def _quantized(graph: Graph, plan: Plan) -> Graph:
     known = {name: v for name, v in plan.nodes.items() if v.weight in plan.rounded}
     StoreBlocks().run(copy, Context(plan=replace(plan, nodes=known)))
     return copy
+
+
+class _Rows:
+    """How many rows a tensor has."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def update(self, x: Floats) -> None:
+        """Count one batch [.., K]."""
+        self.rows += x.size // x.shape[-1]
 
 
 class _Half:
@@ -168,11 +181,11 @@ def _inputs(node: Node) -> int:
 
 def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift) -> tuple[Array, QuantParams]:
     """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen."""
-    plain, tried = _formula(values, how), _searched(values, how, seen)
+    plainly, tried = formula(values, how), _searched(values, how, seen)
     aim, hessian = unseen.target(values, _DAMPING), unseen.hessian()
-    before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plain, tried))
+    before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plainly, tried))
     if not after < before:
-        return plain
+        return plainly
     both = Drift()
     both.merge(seen)
     both.merge(unseen)
@@ -190,20 +203,12 @@ def _weights(graph: Graph, plan: Plan) -> dict[str, Tensor]:
     return {t.name: t for node, _ in graph.walk() for t in node.inputs if is_constant(t) and t.name in plan.blocks}
 
 
-def _inputs_first(graph: Graph, weight: Tensor, how: Blocks) -> Floats:
-    values = np.asarray(graph.read(weight), np.float32)
-    return values.T if how.axis else values
-
-
-def _formula(values: Floats, how: Blocks) -> tuple[Array, QuantParams]:
-    params = blocks.choose(values, how.dtype, how.block_size, how.symmetric, how.search)
-    return affine.quantize(values, params), params
+def _values(graph: Graph, weight: Tensor, how: Blocks) -> Floats:
+    return inputs_first(np.asarray(graph.read(weight), np.float32), how.axis)
 
 
 def _note(plan: Plan, name: str, codes: Array, params: QuantParams) -> None:
     how = plan.blocks.pop(name)
     if how.axis:
-        codes = np.ascontiguousarray(codes.T)
-        params = QuantParams(np.ascontiguousarray(params.scale.T), np.ascontiguousarray(params.zero_point.T),
-                             params.dtype, 1, params.block_size)
+        codes, params = np.ascontiguousarray(codes.T), transposed(params)
     plan.weights[name], plan.rounded[name] = params, codes

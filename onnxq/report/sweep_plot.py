@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from onnxq.report import html, sweep, wording
+from onnxq.report import html, plot, sweep, wording
 
 _WIDE, _HIGH, _LEFT, _TOP, _GAP = 330, 190, 64, 58, 70  # pixels of a panel, and around it
 _LINES = 5  # of a scale, about
@@ -23,6 +23,11 @@ _STYLE = """
 
 Found = Mapping[str, Any]
 Point = tuple[float, float, str]  # bytes, figure, what is varied first
+
+
+def save(found: Found, path: str | Path) -> None:
+    """Write the drawings as .svg, or in a page with all figures as .html. Raises UsageError and OutputError."""
+    plot.write(Path(path), lambda: svg(found), lambda: page(found))
 
 
 def page(found: Found) -> str:

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.graph import CONTRIB, Graph, Node, Shared, Tensor, is_constant, shape_of
-from onnxq.passes.blocks import Layout, layout, packed
+from onnxq.passes.blocks import Layout, decoded_for, layout, packed, part_names
 from onnxq.passes.manager import Context, Pass
-from onnxq.plan import UNTOUCHED, NodePlan
+from onnxq.plan import NodePlan
 
 _INTEGER = 4  # accuracy_level of MatMulNBits: activations are rounded to int8 in blocks, and products are of integers
 
@@ -32,15 +32,10 @@ class LowerBlocks(Pass):
         """Weights are packed as they are saved; what decoded them goes where nobody reads it any more."""
         shared, found = Shared(), False
         for node, holder in list(graph.walk()):
-            verdict = context.plan.node(node.name)
-            if verdict is None or verdict.activation != UNTOUCHED or not verdict.is_int or verdict.part_of is not None:
-                continue
-            assert verdict.weight is not None
-            position = 0 if node.op == "Gather" else 1
-            if node.inputs[position].name != f"{verdict.weight}.decoded":
-                continue
-            self._lower(holder, graph, node, verdict, context, shared)
-            found = True
+            verdict = decoded_for(node, context)
+            if verdict is not None:
+                self._lower(holder, graph, node, verdict, context, shared)
+                found = True
         if found:
             for holder in graph.graphs():
                 holder.prune()
@@ -77,8 +72,7 @@ class LowerBlocks(Pass):
 
 def _stored(graph: Graph, weight: Tensor, form: Layout, context: Context, shared: Shared) -> list[Tensor]:
     """[codes, scales, zero points where there are any] of a weight as constants of the outermost graph, made once."""
-    names = [f"{weight.name}.{part}" for part in ("blocks", "block_scales", "block_zeros")]
-    names = names[:2] if form.dtype.signed else names
+    names = part_names(weight.name, form)
     if not graph.has(names[0]):
         dims = [int(d or 0) for d in shape_of(weight) or ()]
         bits, count, rows = form.dtype.bits, form.count(dims), dims[1 - form.axis]

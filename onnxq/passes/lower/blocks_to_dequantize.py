@@ -10,9 +10,8 @@ import numpy as np
 
 from onnxq.graph import Graph, Node, Shared, Tensor, shape_of
 from onnxq.numerics.dtypes import DType
-from onnxq.passes.blocks import Array, code_type, coded, layout
+from onnxq.passes.blocks import Array, code_type, coded, decoded_for, layout, part_names
 from onnxq.passes.manager import Context, Pass
-from onnxq.plan import UNTOUCHED
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,8 @@ class BlocksToDequantize(Pass):
         and can't load some of it."""
         shared, found = Shared(), False
         for node in graph.nodes:
-            verdict = context.plan.node(node.name)
-            if verdict is None or verdict.activation != UNTOUCHED or not verdict.is_int or verdict.part_of is not None:
-                continue
-            if node.op == "Gather" or node.inputs[1].name != f"{verdict.weight}.decoded":
+            verdict = decoded_for(node, context)
+            if verdict is None or node.op == "Gather":
                 continue
             assert verdict.weight is not None
             found |= self._dequantized(graph, node, context.weights[verdict.weight], context, shared)
@@ -53,8 +50,7 @@ class BlocksToDequantize(Pass):
             return context.skip(node, f"DequantizeLinear takes blocks of {form.dtype.name} from opset "
                                 f"{opset_of(form.dtype)} on")
         shape = [int(d or 0) for d in shape_of(weight) or ()]
-        names = [f"{weight.name}.{part}" for part in ("blocks", "block_scales", "block_zeros")]
-        names = names[:2] if form.dtype.signed else names
+        names = part_names(weight.name, form)
         kind, per_block = code_type(form.dtype), [form.count(shape), shape[1]]
         get = shared.parts(_parts(graph, weight, context, kind), len(names))
         kinds, shapes = (kind, np.dtype(np.float32), kind), (shape, per_block, per_block)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, Shared, Tensor, shape_of
+from onnxq.graph import Graph, Shared, Tensor, shape_of
 from onnxq.passes.blocks import Array, Layout, coded, divided, layout
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
@@ -33,7 +33,7 @@ class StoreBlocks(Pass):
             verdict = context.plan.node(node.name)
             if verdict is None or verdict.activation != UNTOUCHED or verdict.weight is None:
                 continue
-            index = [t.name for t in node.inputs].index(verdict.weight) if _reads(node, verdict.weight) else None
+            index = next((k for k, t in enumerate(node.inputs) if t.name == verdict.weight), None)
             if index is None:
                 continue
             found = True
@@ -79,10 +79,6 @@ class StoreBlocks(Pass):
         if form.dtype.signed:
             return codes, scale, None
         return codes, scale, graph.computed(f"{weight.name}.zero_points", form.dtype.storage, one, get[2])
-
-
-def _reads(node: Node, weight: str) -> bool:
-    return any(t.name == weight for t in node.inputs)
 
 
 def _split(shape: tuple[int, ...], form: Layout, size: int = 0) -> tuple[int, ...]:
