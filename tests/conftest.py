@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import onnx
 import onnxruntime
@@ -25,6 +26,11 @@ PORT = Sequence[int | str | None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen", action="store_true", help="write the golden texts anew instead of comparing with them")
 
+
+# The same examples in each run, so that a change is judged by itself; `--hypothesis-profile explore` looks for new ones.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("steady")
 
 _homes = count()
 

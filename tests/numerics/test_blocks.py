@@ -96,7 +96,9 @@ def test_an_asymmetric_block_is_widened_to_contain_0():
 def test_the_search_for_the_least_error_loses_nowhere(seed, dtype, size, symmetric):
     w = weight(seed)
     plain, searched = (squared_errors(w, choose(w, dtype, size, symmetric, search)) for search in SEARCHES)
-    assert (searched <= plain * (1 + 1e-5) + 1e-12 * np.square(np.abs(w).max())).all()
+    # a rounding error in float32 is known to 2**-24 of the weight, and both ranges are judged by such
+    largest = np.array([np.abs(part).max(axis=0) for part in parts(w, size)])
+    assert (np.sqrt(searched) <= np.sqrt(plain) + 4 * np.sqrt(size) * 2.0**-24 * largest).all()
 
 
 def every_range(w, dtype, symmetric):
