@@ -22,6 +22,7 @@ from onnxq.errors import OutputError, UsageError
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
+from onnxq.numerics.two_level import TwoLevel
 
 FLOAT = "float"
 STORED = "stored"  # scheme and lowering of nodes that compute in float on weights kept as int8
@@ -34,7 +35,8 @@ MOVES_CODES = frozenset({
     "Split", "Squeeze", "Transpose", "Unsqueeze",
 })
 BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
-_SHIFT, _SMOOTHING, _ROUNDED = "bias_shifts/", "smoothings/", "rounded/"  # prefixes of names in plan.npz
+# prefixes of names in plan.npz
+_SHIFT, _SMOOTHING, _ROUNDED, _MULTIPLES = "bias_shifts/", "smoothings/", "rounded/", "multiples/"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,14 @@ class Blocks:
         return self.dtype.signed
 
 
+@dataclass(frozen=True, eq=False)
+class Multiples:
+    """int8 [nb, N] by block of `block_size` inputs: by what the 4-bit levels of int8 codes are multiplied."""
+
+    block_size: int
+    values: npt.NDArray[np.int8]
+
+
 @dataclass(frozen=True)
 class Masking:
     """How the hidden scores of one Softmax are raised to where its exponentials stay normal numbers.
@@ -137,7 +147,7 @@ class Plan:
     Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales
     its channels; all else is told of the graph that this makes. `dropped` names passes that rewrite the float graph,
     and are left out since they gain nothing. `rounded` maps a weight's name to its codes, where these are not the
-    nearest ones.
+    nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such.
     """
 
     scheme: str
@@ -152,6 +162,7 @@ class Plan:
     smoothings: dict[str, Smoothing] = field(default_factory=dict)
     rounded: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     blocks: dict[str, Blocks] = field(default_factory=dict)
+    multiples: dict[str, Multiples] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -160,6 +171,11 @@ class Plan:
     def quantized(self) -> list[NodePlan]:
         """Nodes with a kernel of their own that computes on codes."""
         return [n for n in self.nodes.values() if n.is_int and n.part_of is None]
+
+    def two_level(self, weight: str) -> TwoLevel | None:
+        """Both levels of a weight's scales, where it has two."""
+        found = self.multiples.get(weight)
+        return None if found is None else TwoLevel(self.weights[weight].scale, found.values, found.block_size)
 
     def to_time(self) -> Plan:
         """The Plan with scales that are found quickly: what is timed does not depend on them."""
@@ -227,6 +243,8 @@ class Plan:
             **{**item, "layers": tuple(item["layers"])}, factors=arrays[f"{_SMOOTHING}{item['tensor']}/factors"],
             source=arrays.get(f"{_SMOOTHING}{item['tensor']}/source"))
             for item in data.get("smoothings", [])}
+        plan.multiples = {name: Multiples(size, arrays[f"{_MULTIPLES}{name}"])
+                          for name, size in data.get("multiples", {}).items()}
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
@@ -239,6 +257,7 @@ class Plan:
                 "nodes": [dataclasses.asdict(n) for n in self.nodes.values()],
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
+                "multiples": {k: m.block_size for k, m in self.multiples.items()},
                 "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
@@ -251,5 +270,6 @@ class Plan:
                   for kind, table in pairs for name, params in table.items() for part in ("scale", "zero_point")}
         return (scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}
                 | {f"{_ROUNDED}{name}": codes for name, codes in self.rounded.items()}
+                | {f"{_MULTIPLES}{name}": found.values for name, found in self.multiples.items()}
                 | {f"{_SMOOTHING}{name}/{part}": array for name, found in self.smoothings.items()
                    for part, array in (("factors", found.factors), ("source", found.source)) if array is not None})

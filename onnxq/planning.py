@@ -26,7 +26,17 @@ from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
-from onnxq.planner import alone, block_rounding, correction, masks, ranging, rounding, sensitivity, smoothing
+from onnxq.planner import (
+    alone,
+    block_rounding,
+    correction,
+    masks,
+    ranging,
+    rounding,
+    sensitivity,
+    smoothing,
+    two_levels,
+)
 from onnxq.planner.bit_costs import Seeing
 from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
@@ -237,12 +247,17 @@ class Planning:
         if self.recipe.scheme.is_weight_only:
             self._round_blocks(plan)
             return
-        if self.calib is None or not plan.quantized() or self.recipe.rounding == "nearest":
-            return
-        with self.stage("round"):
-            self._start(self.recipe.calibration.samples)
-            self.used_data = True
-            plan.rounded = rounding.round_weights(self.graph_for(plan), plan, self._by())
+        if self.calib is not None and plan.quantized() and self.recipe.rounding != "nearest":
+            with self.stage("round"):
+                self._start(self.recipe.calibration.samples)
+                self.used_data = True
+                rounding.round_weights(self.graph_for(plan), plan, self._by())
+        if plan.multiples or plan.blocks:
+            assert self.recipe.scheme.weights is not None
+            with self.stage("round"):
+                graph = self.graph_for(plan)
+                two_levels.by_formula(graph, plan, self.recipe.scheme.weights)
+                block_rounding.by_formula(graph, plan)
 
     def _round_blocks(self, plan: Plan) -> None:
         graph = self.graph_for(plan)

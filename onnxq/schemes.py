@@ -42,34 +42,49 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
 _BLOCKS: dict[str, tuple[Any, ...]] = {
     "dtype": ("int2", "int4", "int8", "uint2", "uint4", "uint8"), "granularity": ("block",), "dynamic": (False,),
     "block_size": BLOCK_SIZES, "search": SEARCHES}
+# levels of 4 bits whose scales are multiples of a channel's: integer kernels read int8 (see numerics.two_level)
+_TWO_LEVELS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("int4",), "symmetric": (True,), "granularity": ("block",), "dynamic": (False,),
+    "block_size": BLOCK_SIZES, "search": SEARCHES}
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token")}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Numeric formats of activations and weights and the operators that take them; float when both are None."""
+    """Numeric formats of activations and weights and the operators that take them; float when both are None.
+
+    stored: the format of weights that are decoded and read as floats, beside quantized activations: of tables that are
+    looked up in, and of layers whose integer kernel does not pay; None for int8 with a scale per channel.
+    """
 
     name: str
     summary: str = ""
     activations: TensorSpec | None = None
     weights: TensorSpec | None = None
     operators: tuple[str, ...] = ()
+    stored: TensorSpec | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no kernel computes, rather than compute something else. Raises RecipeError naming the key."""
-        weights = _BLOCKS if self.is_weight_only else _WEIGHTS
-        specs = (("weights", self.weights, weights), ("activations", self.activations, _ACTIVATIONS))
+        weights = _BLOCKS if self.is_weight_only else _TWO_LEVELS if self.has_two_levels else _WEIGHTS
+        specs = (("weights", self.weights, weights), ("activations", self.activations, _ACTIVATIONS),
+                 ("stored", self.stored, _BLOCKS))
         for path, spec, choices in specs:
             for key, allowed in choices.items() if spec is not None else ():
                 given = getattr(spec, key)
                 if given not in allowed:
                     words = ", ".join(str(a).lower() for a in allowed)
                     raise RecipeError(f"scheme.{path}.{key}: {str(given).lower()} has no kernel here; use {words}")
-        if self.is_weight_only and self.weights is not None and (
-                self.weights.symmetric is not (self.weights.dtype[0] == "i")):
-            kind, other = ("symmetric", "asymmetric") if self.weights.dtype[0] == "i" else ("asymmetric", "symmetric")
-            raise RecipeError(f"scheme.weights.symmetric: {self.weights.dtype} is the type of {kind} codes; use that "
-                              f"of {other} ones, or the other value")
+        for path, spec in (("weights", self.weights if self.is_weight_only else None), ("stored", self.stored)):
+            if spec is not None and spec.symmetric is not (spec.dtype[0] == "i"):
+                kind, other = ("symmetric", "asymmetric") if spec.dtype[0] == "i" else ("asymmetric", "symmetric")
+                raise RecipeError(f"scheme.{path}.symmetric: {spec.dtype} is the type of {kind} codes; use that of "
+                                  f"{other} ones, or the other value")
+        if self.has_two_levels and not self.is_dynamic:
+            raise RecipeError("scheme.weights.granularity: blocks beside uint8 activations have kernels where these "
+                              "find their scales at run time; add dynamic: true to the activations")
+        if self.stored is not None and not self.has_two_levels:
+            raise RecipeError("scheme.stored: only weights in blocks beside uint8 activations take it; leave it out")
         if self.activations is not None and self.activations.granularity == "token" and not self.activations.dynamic:
             raise RecipeError("scheme.activations.granularity: a scale per token is found at run time; add dynamic: "
                               "true")
@@ -85,6 +100,16 @@ class Scheme:
         return self.weights is not None and self.activations is None
 
     @property
+    def has_two_levels(self) -> bool:
+        """Whether weights have scales per block beside quantized activations, as multiples of a channel's."""
+        return self.weights is not None and self.activations is not None and self.weights.granularity == "block"
+
+    @property
+    def for_stored(self) -> Scheme | None:
+        """The weight-only scheme of weights that are decoded beside quantized activations, where they have one."""
+        return replace(self, activations=None, weights=self.stored, stored=None) if self.stored is not None else None
+
+    @property
     def is_dynamic(self) -> bool:
         """Whether activation scales are computed at run time, so that no calibration is needed."""
         return self.activations is not None and self.activations.dynamic
@@ -94,12 +119,14 @@ FLOAT = Scheme("float", "nothing is quantized")
 
 
 def in_blocks(given: Scheme, block_size: int | None = None, symmetric: bool | None = None) -> Scheme:
-    """A weight-only scheme with other blocks, or with codes of the other sort: uint4 for int4 and the like.
+    """A scheme with other blocks of weights, or a weight-only one with codes of the other sort: uint4 for int4 etc.
 
     What is None stays. Raises UsageError for a scheme of another kind, RecipeError for a size without a kernel.
     """
     if block_size is None and symmetric is None:
         return given
+    if given.has_two_levels and given.weights is not None and symmetric is not False:
+        return replace(given, weights=replace(given.weights, block_size=block_size or given.weights.block_size))
     if not given.is_weight_only or given.weights is None:
         asked = "--group-size" if block_size is not None else "--symmetric" if symmetric else "--asymmetric"
         raise UsageError(f"{asked} is for weights in blocks beside float activations, which scheme {given.name} does "

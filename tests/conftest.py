@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen", action="store_true", help="write the golden texts anew instead of comparing with them")
 
 
-# The same examples in each run, so that a change is judged by itself; `--hypothesis-profile explore` looks for new ones.
+# The same examples in each run: a change is judged by itself. `--hypothesis-profile explore` looks for new ones.
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("steady")

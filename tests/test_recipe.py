@@ -235,11 +235,11 @@ def test_shipped_schemes(name: str) -> None:
     assert found.summary
     assert found.operators
     assert not found.is_float
-    for spec in (found.activations, found.weights):
+    for spec in (found.activations, found.weights, found.stored):
         if spec is not None:
             assert dtypes.by_name(spec.dtype)
             assert spec.granularity in ("block", "tensor", "channel", "token")
-    assert found.is_dynamic is ("dynamic" in name)
+    assert found.is_dynamic is ("dynamic" in name or name == "w4a8")
     assert recipe.parse(f"scheme: {name}").scheme == found
     assert name in schemes.scheme_text(name)
 
@@ -264,25 +264,38 @@ def test_a_name_fits_itself_whatever_brackets_are_in_it() -> None:
 @pytest.mark.parametrize(("name", "block_size", "symmetric", "wanted"), [
     ("w4a16", None, None, ("uint4", False, 32)), ("w4a16", 128, None, ("uint4", False, 128)),
     ("w4a16", None, True, ("int4", True, 32)), ("w4a16", 16, False, ("uint4", False, 16)),
-    ("w8a16", 64, False, ("uint8", False, 64)), ("w2a16", None, True, ("int2", True, 32))])
+    ("w8a16", 64, False, ("uint8", False, 64)), ("w2a16", None, True, ("int2", True, 32)),
+    ("w4a8", 32, None, ("int4", True, 32)), ("w4a8", None, True, ("int4", True, 16))])
 def test_blocks_are_replaced(name: str, block_size: int | None, symmetric: bool | None,
                              wanted: tuple[str, bool, int]) -> None:
     found = schemes.in_blocks(schemes.scheme(name), block_size, symmetric)
     weights = found.weights
     assert weights is not None
     assert (weights.dtype, weights.symmetric, weights.block_size) == wanted
-    assert dataclasses.replace(found, weights=None) == dataclasses.replace(schemes.scheme(name), weights=None)
+    assert dataclasses.replace(found, weights=schemes.scheme(name).weights) == schemes.scheme(name)
     assert request.resolve(scheme=name, group_size=block_size, symmetric=symmetric).scheme == found
 
 
 @pytest.mark.parametrize(("name", "block_size", "symmetric", "option"), [
     ("w8a8", 64, None, "--group-size"), ("w8a8-dynamic", None, False, "--asymmetric"), ("float", 32, True, "--group"),
-    ("w8a8", None, True, "--symmetric")])
+    ("w8a8", None, True, "--symmetric"), ("w4a8", None, False, "--asymmetric"), ("w4a8", 32, False, "--group-size")])
 def test_other_schemes_have_no_blocks_to_replace(name: str, block_size: int | None, symmetric: bool | None,
                                                  option: str) -> None:
     with pytest.raises(UsageError, match=rf"^{option}.* scheme {name} does not have; choose w2a16, w4a16, w8a16"):
         request.resolve(scheme=name, group_size=block_size, symmetric=symmetric)
     assert request.resolve(scheme=name).scheme == schemes.scheme(name)
+
+
+@pytest.mark.parametrize(("change", "path"), [
+    ({"activations": {"dtype": "uint8", "symmetric": False}}, "weights.granularity: blocks beside uint8 activations"),
+    ({"weights": {"dtype": "uint4", "granularity": "block", "block_size": 16}}, "weights.dtype: uint4 has no kernel"),
+    ({"stored": {"dtype": "uint4", "granularity": "block", "block_size": 32}}, "stored.symmetric: uint4 is the type"),
+    ({"stored": {"dtype": "int8", "granularity": "channel"}}, "stored.granularity: channel has no kernel"),
+    ({"weights": {"dtype": "int8", "granularity": "channel"}}, "stored: only weights in blocks beside")])
+def test_two_levels_of_scales_have_kernels_in_one_form(change: dict[str, object], path: str) -> None:
+    given = yaml.safe_load(schemes.scheme_text("w4a8")) | change
+    with pytest.raises(RecipeError, match=rf"^scheme\.{path}"):
+        recipe.parse(yaml.safe_dump({"scheme": given}))
 
 
 def test_a_size_of_blocks_without_a_kernel_is_refused() -> None:

@@ -125,7 +125,11 @@ def planned(plan: Plan, graph: Graph) -> dict[str, Encoding]:
             for k in verdict.int_inputs:
                 found.setdefault(node.inputs[k].name, Encoding(_RUN_TIME_DTYPE, verdict.activation))
         for tensor in node.inputs:
-            if is_constant(tensor) and tensor.name in plan.weights:
+            two = plan.two_level(tensor.name) if is_constant(tensor) else None
+            if two is not None:
+                found[tensor.name] = of_params(two.blocks, elements(tensor))
+                found[tensor.name].code_bytes = (elements(tensor) + two.multiples.size + 1) // 2 + two.scale.nbytes
+            elif is_constant(tensor) and tensor.name in plan.weights:
                 found[tensor.name] = of_params(plan.weights[tensor.name], elements(tensor))
             elif is_constant(tensor) and tensor.name in plan.blocks:
                 found[tensor.name] = _of_blocks(plan.blocks[tensor.name], tensor)

@@ -43,9 +43,9 @@ class Measure:
         what is nearest for a scale that fits these codes may be worse than these are.
         """
         with np.errstate(all="ignore"):  # an error beyond float32 is never the smaller one
-            levels, rest = _rounded(x, scale, zeros, dtype)
             if self.hessian is not None:
-                return _dot(rest, self.hessian @ rest) * np.square(scale), scale
+                return self.at(x, scale, zeros, dtype), scale
+            levels, rest = _rounded(x, scale, zeros, dtype)
             if self.roots is not None:
                 levels *= self.roots[:, :, None]
                 rest *= self.roots[:, :, None]
@@ -53,6 +53,14 @@ class Measure:
             shift = _ratio(_dot(levels, rest), size)
             error = _dot(rest, rest) - shift**2 * size
             return error * np.square(scale), scale - scale * shift
+
+    def at(self, x: Floats, scale: Floats, zeros: Zeros, dtype: DType) -> Floats:
+        """The error of x rounded to nearest with this scale as it is, whatever its sign."""
+        with np.errstate(all="ignore"):
+            _, rest = _rounded(x, scale, zeros, dtype)
+            if self.roots is not None:
+                rest *= self.roots[:, :, None]
+            return _dot(rest, rest if self.hessian is None else self.hessian @ rest) * np.square(scale)
 
     def refitted(self, x: Floats, scale: Floats, zeros: Zeros, dtype: DType) -> Measured:
         """The same of a scale that fits the codes of `scale`."""

@@ -135,7 +135,7 @@ def _search(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetric: bool,
     if search != "mse" or (importance is not None and hessian is not None):
         raise ValueError("importance and hessian are two ways to count errors; use one at a time, and \"mse\"")
     roots = None if importance is None else _roots(importance, layout)
-    blocks = None if hessian is None else _diagonal_blocks(hessian, layout)
+    blocks = None if hessian is None else _checked_blocks(hessian, layout)
 
     def find(chunk: _Chunk, x: Floats) -> block_search.Found:
         measure = Measure(None if roots is None else roots[chunk.rows].reshape(x.shape[:2]),
@@ -154,15 +154,20 @@ def _roots(importance: npt.ArrayLike, layout: _Layout) -> Floats:
     return np.asarray(np.sqrt(values / most), np.float32)
 
 
-def _diagonal_blocks(hessian: npt.NDArray[np.float64], layout: _Layout) -> Floats:
-    """[ceil(K / B), B, B]: the blocks on the diagonal of hessian [K, K], its largest entry 1; 0 after a short one."""
+def _checked_blocks(hessian: npt.NDArray[np.float64], layout: _Layout) -> Floats:
     if hessian.shape != (layout.inputs, layout.inputs) or not np.isfinite(hessian).all():
         raise ValueError(f"a hessian {list(hessian.shape)} is not finite and [{layout.inputs}, {layout.inputs}]; "
                          "collect it from all inputs of the layer")
+    return diagonal_blocks(hessian, layout.size)
+
+
+def diagonal_blocks(hessian: npt.NDArray[np.float64], size: int) -> Floats:
+    """[ceil(K / B), B, B]: the blocks of `size` B on the diagonal of a finite hessian [K, K], whose largest entry is
+    taken for 1; 0 after a short one."""
     most = max(hessian.diagonal().max(initial=0.0), np.finfo(np.float64).tiny)
-    found = np.zeros((layout.blocks, layout.size, layout.size), np.float32)
-    for block, first in zip(found, range(0, layout.inputs, layout.size), strict=True):
-        part = hessian[first : first + layout.size, first : first + layout.size]
+    found = np.zeros((-(-len(hessian) // size), size, size), np.float32)
+    for block, first in zip(found, range(0, len(hessian), size), strict=True):
+        part = hessian[first : first + size, first : first + size]
         block[: len(part), : len(part)] = part / most
     return found
 

@@ -5,7 +5,7 @@ Nodes with weights (Conv, MatMul, Gemm) decide where int8 regions are; which oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -122,12 +122,23 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
         if recipe.attention == "int8":
             for product in lower_products(graph, found.nodes, decided, recipe.scheme, target):
                 found.want_product(graph, product, target.saturates)
+    if recipe.scheme.for_stored is not None:
+        _store_in_blocks(graph, found, recipe.scheme.for_stored, outliner.kept, measured.refused, target)
     if not recipe.scheme.is_float:
         lower_lstms(graph, found.nodes, decided, recipe.scheme, target)
         at_run_time.per_tensor(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)
         at_run_time.per_token(graph, found.nodes, measured.per_token, outliner.barred, recipe.scheme, target)
         store(graph, found.nodes, outliner.kept)
     return found
+
+
+def _store_in_blocks(graph: Graph, found: Outline, scheme: Scheme, kept: Collection[str], refused: Mapping[str, str],
+                     target: Target) -> None:
+    """Give blocks to what computes in float beside integer layers: look-ups by kernel, layers decoded at load."""
+    free = {n.name: found.nodes[n.name] for n, _ in graph.walk() if n.name in found.nodes and n.name not in kept}
+    refused = {**refused, **{name: v.reason for name, v in free.items() if v.op in weight_only.LINEAR}}
+    takers = {name: scheme for name, verdict in free.items() if verdict.scheme == FLOAT}
+    found.formats = weight_only.choose(graph, found.nodes, takers, refused, target)
 
 
 class _Outliner:
@@ -282,7 +293,7 @@ class _Outliner:
                 scheme, lowering = self.recipe.scheme.name, self.target.lowerings[(node.op, spec.granularity)]
                 found.nodes[node.name] = NodePlan(
                     node.name, node.op, scheme, lowering,
-                    f"int8 weights; what it reads is quantized at run time, a scale per {spec.granularity}",
+                    f"{self._weights_said()}; what it reads is quantized at run time, a scale per {spec.granularity}",
                     int_inputs=(0,),
                     result=self.chains[node.name].unclamped.name, weight=node.inputs[1].name,
                     activation=spec.granularity, bias_add=add.name if add is not None else None)
@@ -293,6 +304,13 @@ class _Outliner:
                 found.nodes[node.name] = self._float_verdict(node)
         self._bodies(found)
         return found
+
+    def _weights_said(self) -> str:
+        spec = self.recipe.scheme.weights
+        assert spec is not None
+        if not self.recipe.scheme.has_two_levels:
+            return "int8 weights"
+        return f"{spec.dtype} weights in blocks of {spec.block_size}, which the kernel reads as int8"
 
     def _all_float(self) -> Outline:
         """What a weight-only scheme begins with."""
@@ -339,7 +357,7 @@ def _why(node: Node, as_int: bool, lowering: str) -> str:
 def _no_kernel(node: Node, scheme: Scheme, target: str) -> str:
     if node.op in ("If", "Loop", "Scan"):
         return "it only chooses what runs; see the nodes inside"
-    if node.op == "Gather" and not scheme.is_weight_only:
+    if node.op == "Gather" and not scheme.is_weight_only and scheme.stored is None:
         return "a look-up in a table that is too small to gain from int8"
     if node.op == "PRelu" and not scheme.is_dynamic:
         return "a slope per channel has no int8 kernel"

@@ -14,6 +14,7 @@ from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.rounding import Hessian
 from onnxq.numerics.sampling import View
 from onnxq.plan import STATIC, Plan
+from onnxq.planner import two_levels
 from onnxq.planner.hessians import Decoder, Halves, chunks
 from onnxq.planner.readers import Group, activation, groups
 from onnxq.planner.smoothing import Searching
@@ -39,8 +40,8 @@ class _Task:
         return self.group.channels * self.view.repeat
 
 
-def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
-    """Weight name -> its codes, for layers whose results these keep better than rounding to nearest does.
+def round_weights(graph: Graph, plan: Plan, by: Searching) -> None:
+    """Note codes in the Plan for layers whose results these keep better than rounding to nearest does.
 
     `graph` is the one that the Plan is for. Layers that share what they read, and how, share a Hessian.
     """
@@ -50,7 +51,6 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
             task = _Task(node, group, view)
             if task.inputs <= _WIDEST and not plan.nodes[node.name].extra_channels:
                 tasks.setdefault((group.name, view), []).append(task)
-    found: dict[str, Codes] = {}
     for chunk in chunks({key: members[0].inputs for key, members in tasks.items()}):
         running = {key: Halves(key[1], _decoder(plan, tasks[key][0], by), by.alike) for key in chunk}
         observer.fold(graph, {}, by.data, by.how, by.options, by.progress,
@@ -58,10 +58,14 @@ def round_weights(graph: Graph, plan: Plan, by: Searching) -> dict[str, Codes]:
         for key in chunk:
             seen, unseen = (half.hessian for half in running[key].halves)
             for task in tasks[key]:
+                name = task.node.inputs[1].name
+                if name in plan.multiples and seen.count and unseen.count:
+                    values = np.asarray(graph.read(task.node.inputs[1]), np.float32)
+                    two_levels.by_data(plan, name, values, seen.result(), unseen.result())
+                    continue
                 codes = _rounded(graph, plan, task, seen, unseen, by.target.saturates)
                 if codes is not None:
-                    found[task.node.inputs[1].name] = codes
-    return found
+                    plan.rounded[name] = codes
 
 
 def _decoder(plan: Plan, task: _Task, by: Searching) -> Decoder:

@@ -13,7 +13,7 @@ from onnxq.numerics import affine
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, by_name
 from onnxq.plan import NodePlan, Plan
-from onnxq.planner import few_channels
+from onnxq.planner import few_channels, two_levels
 from onnxq.planner.outline import Outline
 from onnxq.planner.storing import channel_axis, stored_by
 from onnxq.planner.weight_only import blocks
@@ -99,7 +99,7 @@ def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> 
                 paired = target.saturates and verdict is not None and verdict.is_int
                 plan.weights[weight.name] = affine.weight_params(
                     values, channel_axis(node, index, values.ndim),
-                    INT8 if recipe.scheme.is_weight_only else by_name(spec.dtype),
+                    INT8 if spec.granularity == "block" else by_name(spec.dtype),
                     least=_largest_pairs(node, values, target) if paired else 0.0)
 
 
@@ -143,7 +143,10 @@ def finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
 def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
     index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
     weight = node.inputs[index]
-    if weight.name not in plan.weights:
+    if weight.name not in plan.weights and recipe.scheme.has_two_levels:
+        assert recipe.scheme.weights is not None
+        two_levels.begin(plan, weight.name, finite(graph, weight, node), recipe.scheme.weights)
+    elif weight.name not in plan.weights:
         plan.weights[weight.name] = weight_params(node, finite(graph, weight, node), recipe.scheme, target, index)
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():

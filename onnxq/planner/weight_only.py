@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.numerics import blocks as numerics
+from onnxq.numerics import two_level
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
@@ -23,6 +24,7 @@ from onnxq.targets import Target
 LINEAR = frozenset({"Gemm", "MatMul"})
 _LEAST = 1024  # weights; below, scales and shapes eat what is gained
 _LEAST_TABLE = 16384
+_LEAST_INPUTS = 16  # of a layer, or columns of a table: what shares a scale at most
 NO_INT8_KERNEL = "no kernel of MatMulNBits multiplies 2-bit blocks of 16 or 256 in integers, and others are slow"
 _DECODED = "its weights are decoded as the model is loaded and {} in float"
 
@@ -71,7 +73,7 @@ def _takes(graph: Graph, node: Node, name: str) -> bool:
         return False
     weight = node.inputs[position]
     rows, columns = (int(d or 0) for d in shape_of(weight) or ())
-    if dtype_of(weight) != np.float32 or graph.is_output(weight):
+    if dtype_of(weight) != np.float32 or graph.is_output(weight) or (rows, columns)[axis(node)] < _LEAST_INPUTS:
         return False
     if node.op == "Gather":
         return int(node.attrs.get("axis", 0)) == 0 and rows * columns >= _LEAST_TABLE
@@ -98,6 +100,8 @@ def block_params(values: npt.NDArray[np.float32], scheme: Scheme) -> QuantParams
     spec = scheme.weights
     assert spec is not None
     assert spec.block_size is not None
+    if scheme.has_two_levels:
+        return two_level.choose(values, spec.block_size, "absmax").blocks
     return numerics.choose(values, by_name(spec.dtype), spec.block_size, spec.symmetric)
 
 
@@ -139,7 +143,8 @@ def left(graph: Graph, node: Node) -> str:
     rows, columns = ([int(d or 0) for d in shape_of(weight) or ()] + [0, 0])[:2]
     if node.op == "Gather" and (len(shape_of(weight) or ()) != 2 or int(node.attrs.get("axis", 0)) != 0):
         return "only rows of a matrix are looked up in blocks"
-    if rows * columns < (_LEAST_TABLE if node.op == "Gather" else _LEAST):
+    few = (rows, columns)[axis(node)] < _LEAST_INPUTS
+    if few or rows * columns < (_LEAST_TABLE if node.op == "Gather" else _LEAST):
         return "its weights are too small to gain from fewer bits"
     if graph.is_output(weight) or len(graph.consumers(weight)) > 1:
         return "its weights are read as floats elsewhere, or along another axis: the file would hold them twice"

@@ -80,10 +80,11 @@ class FoldConstants(Pass):
 
 
 def _decodes(node: Node) -> bool:
-    """Whether a node makes floats of weights in 8 bits or fewer: they are stored so to keep the file small."""
+    """Whether a node makes floats of weights in 8 bits, or anything of fewer: they are stored so to keep the file
+    small."""
     if node.op != "Cast" or not is_constant(node.inputs[0]):
         return False
     dims = shape_of(node.inputs[0]) or ()
     narrow, large = str(dtype_of(node.inputs[0])), math.prod(int(d or 0) for d in dims) >= 1024
-    return str(dtype_of(node.outputs[0])) == "float32" and (
-        narrow in ("int2", "int4", "uint2", "uint4") or (narrow in ("int8", "uint8") and large))
+    return narrow in ("int2", "int4", "uint2", "uint4") or (
+        str(dtype_of(node.outputs[0])) == "float32" and narrow in ("int8", "uint8") and large)

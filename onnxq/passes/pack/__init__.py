@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from onnxq.passes.manager import Pass
 from onnxq.passes.pack.codes import PackCodes
+from onnxq.passes.pack.multiples import PackMultiples
 
 
 def pack() -> list[Pass]:
     """The passes in their order."""
-    return [PackCodes()]
+    return [PackCodes(), PackMultiples()]

@@ -49,5 +49,6 @@ def _narrow(graph: Graph, codes: Tensor, dtype: DType) -> Tensor:
 def opset_for_codes(plan: Plan) -> int:
     """The opset that the weights which are decoded at load need to take no more bits than they have; 0 for any."""
     weights = {v.weight for v in plan.nodes.values() if v.activation == UNTOUCHED and not v.is_int and v.weight}
-    bits = {form.dtype.bits for form in (layout(plan, w) for w in weights) if form is not None}
+    four = {4} if plan.multiples else set()
+    bits = four | {form.dtype.bits for form in (layout(plan, w) for w in weights) if form is not None}
     return max((OPSETS.get(b, 0) for b in bits), default=0)

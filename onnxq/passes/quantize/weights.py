@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import numpy.typing as npt
 
 from onnxq.graph import Graph, Node, Tensor, shape_of
-from onnxq.numerics import affine
+from onnxq.numerics import affine, two_level
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
 
@@ -16,12 +18,20 @@ def store_weight(graph: Graph, weight: Tensor, plan: Plan) -> tuple[Tensor, Tens
 
     The codes are those of the Plan, where it has some, else the nearest.
     """
-    codes, params, rounded = f"{weight.name}.q", plan.weights[weight.name], plan.rounded.get(weight.name)
+    codes, params = f"{weight.name}.q", plan.weights[weight.name]
     if not graph.has(codes):
-        graph.constant(codes, affine.quantize(graph.read(weight), params) if rounded is None else rounded)
+        graph.constant(codes, _codes(graph, weight, plan))
         graph.constant(f"{weight.name}.scale", params.scale)
         graph.constant(f"{weight.name}.zero_point", params.zero_point)
     return graph.made(codes), graph.made(f"{weight.name}.scale"), graph.made(f"{weight.name}.zero_point")
+
+
+def _codes(graph: Graph, weight: Tensor, plan: Plan) -> npt.NDArray[Any]:
+    two = plan.two_level(weight.name)
+    if weight.name in plan.rounded:
+        return plan.rounded[weight.name]
+    values = graph.read(weight)
+    return affine.quantize(values, plan.weights[weight.name]) if two is None else two_level.nearest(values, two)
 
 
 @dataclass(frozen=True)
