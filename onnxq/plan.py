@@ -147,7 +147,8 @@ class Plan:
     Entries of these two may be left out one by one. `smoothings` maps a tensor of the canonical graph to what scales
     its channels; all else is told of the graph that this makes. `dropped` names passes that rewrite the float graph,
     and are left out since they gain nothing. `rounded` maps a weight's name to its codes, where these are not the
-    nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such.
+    nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such. `ties`
+    maps a table to the layer's weight that is its transpose: it has no codes but those of this one.
     """
 
     scheme: str
@@ -163,6 +164,7 @@ class Plan:
     rounded: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     blocks: dict[str, Blocks] = field(default_factory=dict)
     multiples: dict[str, Multiples] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -245,6 +247,7 @@ class Plan:
             for item in data.get("smoothings", [])}
         plan.multiples = {name: Multiples(size, arrays[f"{_MULTIPLES}{name}"])
                           for name, size in data.get("multiples", {}).items()}
+        plan.ties = dict(data.get("ties", {}))
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
@@ -258,7 +261,7 @@ class Plan:
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
                 "multiples": {k: m.block_size for k, m in self.multiples.items()},
-                "dropped": list(self.dropped), "added": self.added,
+                "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
                                for s in self.smoothings.values()]}

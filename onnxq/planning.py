@@ -35,6 +35,7 @@ from onnxq.planner import (
     rounding,
     sensitivity,
     smoothing,
+    ties,
     two_levels,
 )
 from onnxq.planner.bit_costs import Seeing
@@ -76,6 +77,7 @@ class Planning:
         self.floors = False  # whether floors under masked scores pay
         self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
         self.output_format = output_format or target.format
+        self.tied: Mapping[str, str] | None = None  # tables and the layers' weights that are their transposes
         self.mixed: MixedBits | None = None
         self.chosen: Mapping[str, Chosen] = {}  # layers whose weights have other formats than the recipe's
         self.notices: list[str] = []
@@ -85,6 +87,8 @@ class Planning:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
         if self.smoothed is None:
             self._smooth()
+        if self.recipe.scheme.is_weight_only and not self.recipe.bits.are_chosen:  # a budget counts each by itself
+            self.tied = ties.find(self.graph) if self.tied is None else self.tied
         if self.sensitive is None:
             self.sensitive = self._rank()
         known, found = dict(self.escaped), self._outlined(measured)
@@ -97,7 +101,8 @@ class Planning:
     def _outlined(self, measured: Measured = NOTHING) -> Outline:
         measured = replace(measured, per_token={n: why for n, why in self.escaped.items() if n not in measured.refused})
         with self.stage("plan"):
-            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {}, self.chosen)
+            return outline(self.graph, self.recipe, self.target, measured, self.sensitive or {}, self.chosen,
+                           self.tied or {})
 
     def _choose_bits(self, measured: Measured) -> Measured:
         """Choose the format of each weight; gives `measured`, without the refusals where weights have to be packed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.numerics import packing
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
+from onnxq.passes.blocks import matrix_shape, transposed
 from onnxq.passes.quantize.per_token import ONE
 from onnxq.plan import STATIC, STORED, UNTOUCHED, Blocks, NodePlan, Plan
 from onnxq.planner import given
@@ -126,7 +128,10 @@ def planned(plan: Plan, graph: Graph) -> dict[str, Encoding]:
                 found.setdefault(node.inputs[k].name, Encoding(_RUN_TIME_DTYPE, verdict.activation))
         for tensor in node.inputs:
             two = plan.two_level(tensor.name) if is_constant(tensor) else None
-            if two is not None:
+            tied = plan.ties.get(tensor.name) if is_constant(tensor) else None
+            if tied is not None:
+                found[tensor.name] = _of_tied(plan, tied, tensor)
+            elif two is not None:
                 found[tensor.name] = of_params(two.blocks, elements(tensor))
                 found[tensor.name].code_bytes = (elements(tensor) + two.multiples.size + 1) // 2 + two.scale.nbytes
             elif is_constant(tensor) and tensor.name in plan.weights:
@@ -136,9 +141,17 @@ def planned(plan: Plan, graph: Graph) -> dict[str, Encoding]:
     return found
 
 
+def _of_tied(plan: Plan, source: str, table: Tensor) -> Encoding:
+    """The codes of the layer's weight `source`, which take no bytes of their own."""
+    found = (of_params(transposed(plan.weights[source])) if source in plan.weights else
+             _of_blocks(replace(plan.blocks[source], axis=1), table))
+    found.float_bytes, found.code_bytes = 4 * elements(table), 0
+    return found
+
+
 def _of_blocks(how: Blocks, weight: Tensor) -> Encoding:
     """Scales are found as the weight is saved: how many there are is known, their values are not."""
-    dims = [int(d or 0) for d in shape_of(weight) or ()]
+    dims = matrix_shape(weight)
     scales = -(-dims[how.axis] // how.block_size) * (elements(weight) // max(dims[how.axis], 1))
     bits = elements(weight) * how.dtype.bits + scales * (32 + (0 if how.symmetric else how.dtype.bits))
     return Encoding(how.dtype.name, "block", axis=how.axis, block_size=how.block_size, scales=scales,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +35,10 @@ class Layout:
 
 def layout(plan: Plan, name: str) -> Layout | None:
     """That of a weight which a Plan stores in blocks, else None."""
+    source = plan.ties.get(name)
+    if source is not None:
+        whole = layout(plan, source)
+        return None if whole is None else replace(whole, axis=1 - whole.axis)
     found = plan.blocks.get(name)
     if found is not None:
         return Layout(found.dtype, found.block_size, found.axis)
@@ -43,6 +47,18 @@ def layout(plan: Plan, name: str) -> Layout | None:
         return None
     assert params.axis is not None
     return Layout(params.dtype, params.block_size, params.axis)
+
+
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
+    """(rows, columns) of a weight, of a Conv's [M, C, ..] with its filters as rows."""
+    dims = [int(d or 0) for d in shape_of(weight) or ()]
+    return dims[0], int(np.prod(dims[1:], dtype=np.int64))
+
+
+def matrix(graph: Graph, weight: Tensor) -> Array:
+    """The values of a weight as such a matrix."""
+    values = graph.read(weight)
+    return values if values.ndim == 2 else values.reshape(len(values), -1)
 
 
 def code_type(dtype: DType) -> np.dtype[Any]:
@@ -68,19 +84,22 @@ def decoded_for(node: Node, context: Context) -> NodePlan | None:
 def coded(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], tuple[Array, QuantParams]]:
     """(codes [K, N], their parameters along axis 0) of a weight, found when they are asked for.
 
-    A table [V, D], whose blocks run along its columns, gives those of its transpose [D, V].
+    A table [V, D], whose blocks run along its columns, gives those of its transpose [D, V]; a Conv's filters likewise.
     """
-    how, known, rounded = plan.blocks.get(weight.name), plan.weights.get(weight.name), plan.rounded.get(weight.name)
+    name = plan.ties.get(weight.name, weight.name)
+    how, known, rounded, form = plan.blocks.get(name), plan.weights.get(name), plan.rounded.get(name), layout(
+        plan, weight.name)
 
     def compute() -> tuple[Array, QuantParams]:
+        assert form is not None
         if how is not None:
-            return by_formula(inputs_first(graph.read(weight), how.axis), how)
+            return by_formula(inputs_first(matrix(graph, weight), form.axis), how)
         assert known is not None
         assert known.axis is not None
         params = transposed(known) if known.axis else known
         if rounded is not None:
             return inputs_first(rounded, known.axis), params
-        return affine.quantize(inputs_first(graph.read(weight), known.axis), params), params
+        return affine.quantize(inputs_first(matrix(graph, weight), form.axis), params), params
 
     return compute
 
@@ -99,7 +118,7 @@ def packed(graph: Graph, weight: Tensor, plan: Plan) -> Callable[[], list[Array]
     dims = [int(d or 0) for d in shape_of(weight) or ()]
 
     def compute() -> list[Array]:
-        how = plan.blocks.get(weight.name)
+        how = plan.blocks.get(plan.ties.get(weight.name, weight.name))
         if how is not None and not (form.axis and dims[1] % form.block_size):  # in one go, as it is saved
             codes, scales, zeros = blocks.quantize_packed(inputs_first(graph.read(weight), form.axis), how.dtype,
                                                           how.block_size, how.symmetric, how.search)

@@ -24,7 +24,7 @@ from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.divergence import Divergence
 from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.rounding import Hessian
-from onnxq.passes.blocks import inputs_first
+from onnxq.passes.blocks import inputs_first, matrix_shape
 from onnxq.planner import hessians
 from onnxq.planner.weight_only import LINEAR, axis, weight_of
 from onnxq.progress import Progress
@@ -66,8 +66,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, int]:
         """Its sizes."""
-        rows, columns = (int(d or 0) for d in shape_of(self.tensor) or ())
-        return rows, columns
+        return matrix_shape(self.tensor)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from onnxq.numerics import blocks, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.compensation import Drift
 from onnxq.passes.blocks import by_formula as formula
-from onnxq.passes.blocks import inputs_first, transposed
+from onnxq.passes.blocks import inputs_first, matrix, matrix_shape, transposed
 from onnxq.passes.manager import Context
 from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.plain import plain
 from onnxq.plan import Blocks, Plan
-from onnxq.planner.hessians import chunks
+from onnxq.planner.hessians import Halves, chunks
+from onnxq.planner.readers import groups
 from onnxq.planner.smoothing import Searching
 from onnxq.planner.weight_only import LINEAR, weight_of
 from onnxq.spool import Spool, digest
@@ -28,6 +29,7 @@ from onnxq.version import VERSION
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Aim = tuple[Floats, npt.NDArray[np.float64]]  # what codes shall stand for [K, N], and the hessian of its errors [K, K]
 
 _WIDEST = 16384  # inputs of a layer: the work grows with the cube
 _DAMPING = 0.01
@@ -54,6 +56,7 @@ def by_data(graph: Graph, plan: Plan, by: Searching, spool: Spool | None = None)
     formula, and first. What is done goes into the `spool`, where an interrupted run goes on.
     """
     tasks = _tasks(graph, plan)
+    _convs(graph, plan, by)
     by_formula(graph, plan, spared={weight_of(node).name for layers in tasks.values() for node in layers})
     in_turn = bool(tasks) and _affordable(graph, plan, list(tasks), by)
     steps = [[name] for name in tasks] if in_turn else chunks({name: _inputs(tasks[name][0]) for name in tasks})
@@ -123,6 +126,25 @@ def _step(graph: Graph, plan: Plan, tasks: dict[str, list[Node]], by: Searching,
     by_formula(graph, plan, spared=plan.blocks.keys() - done)  # of what no rows were seen
 
 
+def _convs(graph: Graph, plan: Plan, by: Searching) -> None:
+    """Round the filters of Convs by the patches that they read in float."""
+    tasks = {(group.name, view): [node for node, seen in zip(group.layers, group.views, strict=True) if seen == view]
+             for group in groups(graph, plan.nodes) for view in group.views
+             if all(n.op == "Conv" and weight_of(n).name in plan.blocks for n in group.layers)}
+    for chunk in chunks({key: matrix_shape(weight_of(layers[0]))[1] for key, layers in tasks.items()}):
+        running = {key: Halves(key[1], lambda x: x, by.alike) for key in chunk}
+        observer.fold(graph, {}, by.data, by.how, by.options, by.progress,
+                      [{name: one} for (name, _), one in running.items()])
+        for key in chunk:
+            seen, unseen = (half.hessian for half in running.pop(key).halves)
+            for node in tasks[key] if seen.count and unseen.count else ():
+                weight = weight_of(node)
+                how = plan.blocks[weight.name]
+                values = _values(graph, weight, how)
+                _note(plan, weight.name, *_better(values, how, (values, seen.result()), (values, unseen.result()),
+                                                  (values, seen.result() + unseen.result())))
+
+
 def _quantized(graph: Graph, plan: Plan) -> Graph:
     """A copy with the weights that are known by now as their codes say."""
     copy = graph.copy()
@@ -181,22 +203,24 @@ def _inputs(node: Node) -> int:
 
 def _rounded(values: Floats, how: Blocks, seen: Drift, unseen: Drift) -> tuple[Array, QuantParams]:
     """(codes, parameters) by what the layer reads, or by the formula where that does as well on what was not seen."""
-    plainly, tried = formula(values, how), _searched(values, how, seen)
-    aim, hessian = unseen.target(values, _DAMPING), unseen.hessian()
-    before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plainly, tried))
-    if not after < before:
-        return plainly
     both = Drift()
     both.merge(seen)
     both.merge(unseen)
-    return _searched(values, how, both)
+    return _better(values, how, *((drift.target(values, _DAMPING), drift.hessian()) for drift in (seen, unseen, both)))
 
 
-def _searched(values: Floats, how: Blocks, drift: Drift) -> tuple[Array, QuantParams]:
+def _better(values: Floats, how: Blocks, seen: Aim, unseen: Aim, both: Aim) -> tuple[Array, QuantParams]:
+    """Codes by the formula, or those found on `both` halves where what is found on one is better on the other."""
+    plainly, tried = formula(values, how), _searched(how, *seen)
+    aim, hessian = unseen
+    before, after = (rounding.output_error(aim, codes, params, hessian).sum() for codes, params in (plainly, tried))
+    return _searched(how, *both) if after < before else plainly
+
+
+def _searched(how: Blocks, aim: Floats, hessian: npt.NDArray[np.float64]) -> tuple[Array, QuantParams]:
     start: blocks.Search = "absmax" if how.dtype.bits == 2 and how.symmetric else "mse"
-    aim = drift.target(values, _DAMPING)
     params = blocks.choose(aim, how.dtype, how.block_size, how.symmetric, start)
-    return rounding.gptq_refit(aim, drift.hessian(), params, _DAMPING)
+    return rounding.gptq_refit(aim, hessian, params, _DAMPING)
 
 
 def _weights(graph: Graph, plan: Plan) -> dict[str, Tensor]:
@@ -204,7 +228,7 @@ def _weights(graph: Graph, plan: Plan) -> dict[str, Tensor]:
 
 
 def _values(graph: Graph, weight: Tensor, how: Blocks) -> Floats:
-    return inputs_first(np.asarray(graph.read(weight), np.float32), how.axis)
+    return inputs_first(np.asarray(matrix(graph, weight), np.float32), how.axis)
 
 
 def _note(plan: Plan, name: str, codes: Array, params: QuantParams) -> None:

@@ -43,7 +43,7 @@ class MixedBits:
         self.readers = {name: tuple(reading) for name, reading in weight_only.readers(graph).items()
                         if name in found.formats}
         for name, reading in self.readers.items():
-            if any(node.name in ruled for _, node in reading):
+            if any(node.name in ruled or node.op == "Conv" for _, node in reading):
                 self.fixed[name] = found.formats[name]
             else:
                 self.weights.append(Weight(name, reading, formats))

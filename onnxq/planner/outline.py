@@ -57,7 +57,8 @@ class Outline:
     `ranges_of` are the tensors to calibrate, `known` the ranges that need no data (of constants, of what lies between 0
     and 1 by its operator); `same_as` maps a tensor to the one whose scale it takes (data movement keeps codes as they
     are); `concats` maps the result of a Concat to what it joins; `halved` are int8 factors whose codes have to stay
-    within -64 and 64, since the target adds up two products in 16 bits; `formats` those of weights in blocks.
+    within -64 and 64, since the target adds up two products in 16 bits; `formats` those of weights in blocks; `ties`
+    maps a table to the layer's weight whose codes it takes.
     """
 
     nodes: dict[str, NodePlan] = field(default_factory=dict)
@@ -67,6 +68,7 @@ class Outline:
     concats: dict[str, list[str]] = field(default_factory=dict)
     halved: set[str] = field(default_factory=set)
     formats: dict[str, TensorSpec] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
 
     def want(self, graph: Graph, tensor: Tensor) -> None:
         """Note that a tensor needs a range of its own, unless its scale is another's or it is known."""
@@ -94,12 +96,14 @@ _NOTHING = Measured()
 
 def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _NOTHING,
             sensitive: Mapping[str, str] = MappingProxyType({}),
-            chosen: Mapping[str, Chosen] = MappingProxyType({})) -> Outline:
+            chosen: Mapping[str, Chosen] = MappingProxyType({}),
+            tied: Mapping[str, str] = MappingProxyType({})) -> Outline:
     """Decide on every node of the graph, bodies of If/Loop included (where only LSTMs compute in integers).
 
     `measured` names nodes that don't run as the tables say, because timing said otherwise; `sensitive` maps a node that
     stays float, weights included, since int8 would cost too much accuracy there, to the reason; `chosen` one whose
-    weights have another format than the recipe says to that.
+    weights have another format than the recipe says to that; `tied` a table to the layer's weight that is its
+    transpose.
     """
     outliner = _Outliner(graph, recipe, target, measured, sensitive)
     found = outliner.run()
@@ -113,6 +117,7 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
                 found.nodes[name] = replace(verdict, reason=f"{verdict.reason}; {reasons[name]}")
         for name, one in chosen.items():
             found.nodes[name] = replace(found.nodes[name], reason=f"{found.nodes[name].reason}; {one.reason}")
+        found.ties = weight_only.tie(graph, found.nodes, found.formats, tied, target)
         store(graph, found.nodes, outliner.kept)
         return found
     decided = {*outliner.kept, *measured.refused, *measured.per_token}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, shape_of
 from onnxq.numerics.affine import QuantParams
@@ -32,6 +34,7 @@ def replayed(plan: Plan, graph: Graph) -> Plan:
 
 
 def _check_blocks(name: str, params: QuantParams, dims: Sequence[int | str | None]) -> None:
+    dims = [int(dims[0] or 0), int(np.prod([int(d or 0) for d in dims[1:]]))]
     wanted = [-(-int(d or 0) // (params.block_size or 1)) if axis == params.axis else d for axis, d in enumerate(dims)]
     if list(params.scale.shape) != wanted:
         raise UsageError(f"the plan was made for another model: the weights {name!r} are {list(dims)}, whose blocks "

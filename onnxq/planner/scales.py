@@ -36,8 +36,9 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
         _activations(found, ranges, plan, spec)
     nodes = {n.name: n for n, _ in graph.walk()}
     for verdict in plan.nodes.values():
-        if verdict.weight in found.formats and verdict.part_of is None:
+        if verdict.weight in found.formats and verdict.weight not in found.ties and verdict.part_of is None:
             plan.blocks.setdefault(verdict.weight, blocks(nodes[verdict.node], found.formats[verdict.weight]))
+    plan.ties = dict(found.ties)
     for verdict in plan.quantized():
         if verdict.weight is not None and verdict.weight not in found.formats:
             _weight(nodes[verdict.node], verdict, graph, plan, recipe, target)

@@ -15,6 +15,7 @@ from onnxq.numerics import two_level
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.blocks import Search
 from onnxq.numerics.dtypes import DType, by_name
+from onnxq.passes.blocks import matrix_shape
 from onnxq.passes.lower.blocks_to_dequantize import opset_of
 from onnxq.plan import FLOAT, STORED, UNTOUCHED, Blocks, NodePlan
 from onnxq.planner.chains import Chain, chain
@@ -22,6 +23,7 @@ from onnxq.schemes import Scheme, TensorSpec
 from onnxq.targets import Target
 
 LINEAR = frozenset({"Gemm", "MatMul"})
+TAKERS = LINEAR | {"Conv", "Gather"}
 _LEAST = 1024  # weights; below, scales and shapes eat what is gained
 _LEAST_TABLE = 16384
 _LEAST_INPUTS = 16  # of a layer, or columns of a table: what shares a scale at most
@@ -56,12 +58,43 @@ def choose(graph: Graph, nodes: dict[str, NodePlan], schemes: Mapping[str, Schem
     return found
 
 
+def tie(graph: Graph, nodes: dict[str, NodePlan], formats: Mapping[str, TensorSpec], tied: Mapping[str, str],
+        target: Target) -> dict[str, str]:
+    """Those of `tied` (table -> weight that is its transpose) whose codes are stored once, for both.
+
+    Both have the same format, and the table's rows are whole blocks. Where the weight is decoded as the model is
+    loaded, the table is, too: kernels read other bytes than those that decode.
+    """
+    found: dict[str, str] = {}
+    verdicts = {v.weight: v for v in nodes.values() if v.weight in formats and v.part_of is None}
+    reading = readers(graph) if tied else {}
+    for table, weight in tied.items() if not target.portable else ():
+        spec = formats.get(table)
+        columns = matrix_shape(weight_of(reading[table][0][1]))[1] if spec is not None else 0
+        if spec is None or spec.block_size is None or formats.get(weight) != spec or columns % spec.block_size:
+            continue
+        of_table, of_weight = verdicts[table], verdicts[weight]
+        if of_weight.scheme != STORED and of_table.scheme == STORED:
+            continue
+        found[table] = weight
+        for _, node in reading[table]:
+            verdict = nodes[node.name]
+            reason = (f"{verdict.reason}; the codes are those of {weight}" if of_weight.scheme != STORED else
+                      f"{spec.dtype} weights in blocks of {spec.block_size}: {_DECODED.format('looked up')}, as "
+                      f"{weight} is, whose codes they are")
+            if of_weight.scheme == STORED:
+                verdict = replace(verdict, scheme=STORED, lowering=STORED)
+            nodes[node.name] = replace(verdict, reason=reason)
+    return found
+
+
 def readers(graph: Graph) -> dict[str, list[tuple[Graph, Node]]]:
-    """Matrix that is a constant -> the nodes that read it, each with the graph that holds it; bodies included."""
+    """Matrix or filters of a Conv that are a constant -> the nodes that read them, each with the graph that holds it;
+    bodies included."""
     found: dict[str, list[tuple[Graph, Node]]] = {}
     for node, holder in graph.walk():
         for tensor in node.inputs:
-            if tensor.name and is_constant(tensor) and len(shape_of(tensor) or ()) == 2:
+            if tensor.name and is_constant(tensor) and len(shape_of(tensor) or ()) >= 2:
                 found.setdefault(tensor.name, []).append((holder, node))
     return found
 
@@ -69,14 +102,18 @@ def readers(graph: Graph) -> dict[str, list[tuple[Graph, Node]]]:
 def _takes(graph: Graph, node: Node, name: str) -> bool:
     """Whether a node can read its weight `name` in blocks."""
     position = 0 if node.op == "Gather" else 1
-    if node.domain or node.op not in LINEAR | {"Gather"} or [t.name for t in node.inputs].index(name) != position:
+    if node.domain or node.op not in TAKERS or [t.name for t in node.inputs].index(name) != position:
         return False
     weight = node.inputs[position]
-    rows, columns = (int(d or 0) for d in shape_of(weight) or ())
+    if (len(shape_of(weight) or ()) == 2) is (node.op == "Conv"):
+        return False
+    rows, columns = matrix_shape(weight)
     if dtype_of(weight) != np.float32 or graph.is_output(weight) or (rows, columns)[axis(node)] < _LEAST_INPUTS:
         return False
     if node.op == "Gather":
         return int(node.attrs.get("axis", 0)) == 0 and rows * columns >= _LEAST_TABLE
+    if node.op == "Conv":
+        return rows * columns >= _LEAST and not is_constant(node.inputs[0])
     bias = graph.optional_input(node, 2)
     plain = not node.attrs and (bias is None or (is_constant(bias) and shape_of(bias) == (columns,)))
     rank = shape_of(node.inputs[0])
@@ -84,8 +121,9 @@ def _takes(graph: Graph, node: Node, name: str) -> bool:
 
 
 def axis(node: Node) -> int:
-    """The axis of a weight along which its blocks run: that of a layer's inputs, or of a table's columns."""
-    return 1 if node.op == "Gather" else 0
+    """The axis of a weight along which its blocks run: that of a layer's inputs, of a table's columns, or of all that
+    one filter of a Conv reads."""
+    return 0 if node.op in LINEAR else 1
 
 
 def blocks(node: Node, spec: TensorSpec) -> Blocks:
@@ -128,7 +166,7 @@ def _decide(graph: Graph, node: Node, weight: str, spec: TensorSpec, nodes: dict
 def no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
     """Why a node's weight in blocks is decoded as the model is loaded; None where a kernel reads it."""
     if (node.op, "blocks") not in target.lowerings:
-        return f"{target.name} has no kernel for such weights"
+        return f"{target.name} has no kernel for such weights of a {node.op}"
     if node.op == "Gather" and by_name(spec.dtype).bits == 2:
         return "rows of 2 bits have no kernel"
     slow = by_name(spec.dtype).bits == 2 and spec.block_size in (16, 256)
@@ -140,7 +178,7 @@ def left(graph: Graph, node: Node) -> str:
     weight = weight_of(node)
     if not is_constant(weight):
         return "what it looks up is computed at run time"
-    rows, columns = ([int(d or 0) for d in shape_of(weight) or ()] + [0, 0])[:2]
+    rows, columns = matrix_shape(weight) if len(shape_of(weight) or ()) > 1 else (0, 0)
     if node.op == "Gather" and (len(shape_of(weight) or ()) != 2 or int(node.attrs.get("axis", 0)) != 0):
         return "only rows of a matrix are looked up in blocks"
     few = (rows, columns)[axis(node)] < _LEAST_INPUTS
@@ -156,13 +194,15 @@ def _unfused(graph: Graph, schemes: Mapping[str, Scheme]) -> dict[str, str]:
     found: dict[str, str] = {}
     inside = {node.name for _, body in graph.subgraphs() for node, _ in body.walk()}
     for node, spec in [(n, schemes[n.name].weights) for n, _ in graph.walk() if n.name in schemes]:
-        if spec is None or node.op not in LINEAR | {"Gather"}:
+        if spec is None or node.op not in TAKERS:
             continue
         weight, needed = weight_of(node), opset_of(by_name(spec.dtype))
         if graph.opset < needed:
             found[node.name] = f"DequantizeLinear takes blocks of {spec.dtype} from opset {needed} on"
         elif node.op == "Gather":
             found[node.name] = "the runtime has no kernel that decodes the rows of a look-up behind DequantizeLinear"
+        elif node.op == "Conv":
+            found[node.name] = "the runtime has no kernel for a Conv of weights in blocks"
         elif node.name in inside:
             found[node.name] = "the runtime fuses nothing in a body with weights outside of it"
         elif len(graph.consumers(weight)) > 1:

@@ -22,8 +22,9 @@ _NEVER = frozenset({
 class FoldConstants(Pass):
     """Compute nodes whose inputs are all stored, where the result stays below `max_bytes`.
 
-    Also Shape of a tensor with fixed dimensions. Values come from onnx's reference implementation; where their type is
-    not the declared one or none of NumPy's own, the node stays.
+    Also Shape of a tensor with fixed dimensions, and a larger Transpose, which is computed as it is read. Values come
+    from onnx's reference implementation; where their type is not the declared one or none of NumPy's own, the node
+    stays.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -49,6 +50,8 @@ class FoldConstants(Pass):
             return False
         else:
             if self._too_large(node, graph):
+                if node.op == "Transpose" and dtype_of(node.inputs[0]) == np.float32:
+                    return _transposed(node, graph)
                 return context.skip(node, f"its result is larger than {self.max_bytes} bytes")
             try:
                 values = graph.evaluate(node)
@@ -77,6 +80,18 @@ class FoldConstants(Pass):
             return False
         dtype = dtype_of(result)
         return math.prod(int(d or 0) for d in dims) * (dtype.itemsize if dtype is not None else 4) > self.max_bytes
+
+
+def _transposed(node: Node, graph: Graph) -> bool:
+    """A large matrix, such as the table that a tied head multiplies by, is transposed whenever it is read."""
+    weight, perm = node.inputs[0], node.attrs.get("perm")
+    dims = [int(d or 0) for d in shape_of(weight) or ()]
+    order = list(perm) if perm is not None else list(range(len(dims)))[::-1]
+    made = graph.computed(f"{node.outputs[0].name}.folded", np.float32, [dims[k] for k in order],
+                          lambda: np.ascontiguousarray(graph.read(weight).transpose(order)))
+    graph.redirect(node.outputs[0], made)
+    graph.remove(node)
+    return True
 
 
 def _decodes(node: Node) -> bool:

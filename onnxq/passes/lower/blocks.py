@@ -71,14 +71,25 @@ class LowerBlocks(Pass):
 
 
 def _stored(graph: Graph, weight: Tensor, form: Layout, context: Context, shared: Shared) -> list[Tensor]:
-    """[codes, scales, zero points where there are any] of a weight as constants of the outermost graph, made once."""
-    names = part_names(weight.name, form)
+    """[codes, scales, zero points where there are any] of a weight as constants of the outermost graph, made once.
+
+    Blocks of a table and of the layer's weight that it is tied to are the same bytes: rows of the one are outputs of
+    the other.
+    """
+    names = part_names(context.plan.ties.get(weight.name, weight.name), form)
+    dims = [int(d or 0) for d in shape_of(weight) or ()]
+    bits, count, rows = form.dtype.bits, form.count(dims), dims[1 - form.axis]
+    codes = (rows, -(-dims[1] * bits // 8)) if form.axis else (rows, count, form.block_size * bits // 8)
     if not graph.has(names[0]):
-        dims = [int(d or 0) for d in shape_of(weight) or ()]
-        bits, count, rows = form.dtype.bits, form.count(dims), dims[1 - form.axis]
-        codes = (rows, -(-dims[1] * bits // 8)) if form.axis else (rows, count, form.block_size * bits // 8)
         shapes = (codes, (rows, count), (rows, -(-count * bits // 8)))
         get = shared.parts(packed(graph, weight, context.plan), len(names))
         for name, dtype, shape, part in zip(names, (np.uint8, np.float32, np.uint8), shapes, get, strict=False):
             graph.computed(name, dtype, shape, part)
-    return [graph.made(name) for name in names]
+    found = [graph.made(name) for name in names]
+    if shape_of(found[0]) != codes:
+        made = f"{names[0]}.{'rows' if form.axis else 'outputs'}"
+        if not graph.has(made):
+            into = graph.constant(f"{made}.shape", np.asarray(codes, np.int64))
+            graph.add_node("Reshape", f"{made}/reshape", [found[0], into], [graph.variable(made, "uint8", codes)])
+        found[0] = graph.made(made)
+    return found

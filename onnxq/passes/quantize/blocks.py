@@ -8,15 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Shared, Tensor, shape_of
-from onnxq.passes.blocks import Array, Layout, coded, divided, layout
+from onnxq.graph import Graph, Shared, Tensor, is_constant, shape_of
+from onnxq.passes.blocks import Array, Layout, coded, divided, layout, matrix_shape
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
 
 
 @dataclass(frozen=True)
 class StoreBlocks(Pass):
-    """op(x, W) -> op(x, Reshape((Cast(Wq) - zero_point) * scale)), W float32 [K, N] (of a look-up [V, D]).
+    """op(x, W) -> op(x, Reshape((Cast(Wq) - zero_point) * scale)), W float32 [K, N] (of a look-up [V, D], of a Conv
+    [M, C, ..], taken for [M, K]).
 
     Wq int8 or uint8 [nb, B, N] ([V, nb, B]) holds codes of any width, scale float32 and zero_point [nb, 1, N]
     ([V, nb, 1]); zero_point is left out for symmetric codes; a Slice takes off what fills up the last block. The
@@ -29,6 +30,7 @@ class StoreBlocks(Pass):
     def run(self, graph: Graph, context: Context) -> bool:
         """What decodes stands in the outermost graph, whoever reads it: it does so once, and the bodies see it."""
         shared, found = Shared(), False
+        constants = {t.name: t for node, _ in graph.walk() for t in node.inputs if t.name and is_constant(t)}
         for node, holder in list(graph.walk()):
             verdict = context.plan.node(node.name)
             if verdict is None or verdict.activation != UNTOUCHED or verdict.weight is None:
@@ -38,10 +40,21 @@ class StoreBlocks(Pass):
                 continue
             found = True
             context.weights[verdict.weight] = node.inputs[index]
-            holder.replace_input(node, index, self._decoded(graph, node.inputs[index], context.plan, shared))
+            weight, source = node.inputs[index], constants.get(context.plan.ties.get(verdict.weight, ""))
+            made = (self._decoded(graph, weight, context.plan, shared) if source is None else
+                    self._transposed(graph, weight, source, context.plan, shared))
+            holder.replace_input(node, index, made)
         if found:
             graph.sort()
         return found
+
+    def _transposed(self, graph: Graph, table: Tensor, weight: Tensor, plan: Plan, shared: Shared) -> Tensor:
+        """A table as the transpose of the layer's weight that it is tied to."""
+        name = f"{table.name}.decoded"
+        if graph.has(name):
+            return graph.made(name)
+        return _step(graph, "Transpose", [self._decoded(graph, weight, plan, shared)], name, shape_of(table),
+                     {"perm": [1, 0]})
 
     def _decoded(self, graph: Graph, weight: Tensor, plan: Plan, shared: Shared) -> Tensor:
         name = f"{weight.name}.decoded"
@@ -49,7 +62,7 @@ class StoreBlocks(Pass):
             return graph.made(name)
         form = layout(plan, weight.name)
         assert form is not None
-        shape = tuple(int(d or 0) for d in shape_of(weight) or ())
+        shape, dims = matrix_shape(weight), tuple(int(d or 0) for d in shape_of(weight) or ())
         codes, scale, zero_point = self._parts(graph, weight, form, shape, coded(graph, weight, plan), shared)
         split, whole = _split(shape, form), _whole(shape, form)
         values = _step(graph, "Cast", [codes], f"{weight.name}.codes", split, {"to": 1})
@@ -57,13 +70,17 @@ class StoreBlocks(Pass):
             zeros = _step(graph, "Cast", [zero_point], f"{weight.name}.zeros", shape_of(zero_point), {"to": 1})
             values = _step(graph, "Sub", [values, zeros], f"{weight.name}.levels", split)
         values = _step(graph, "Mul", [values, scale], f"{weight.name}.blocks.decoded", split)
-        dims = graph.constant(f"{weight.name}.shape", np.asarray(whole, np.int64))
+        into = graph.constant(f"{weight.name}.shape", np.asarray(dims if whole == shape else whole, np.int64))
         if whole == shape:
-            return _step(graph, "Reshape", [values, dims], name, shape)
-        values = _step(graph, "Reshape", [values, dims], f"{weight.name}.filled", whole)
+            return _step(graph, "Reshape", [values, into], name, dims)
+        values = _step(graph, "Reshape", [values, into], f"{weight.name}.filled", whole)
         bounds = [graph.constant(f"{weight.name}.{key}", np.asarray([v], np.int64))
                   for key, v in (("start", 0), ("end", shape[form.axis]), ("axis", form.axis))]
-        return _step(graph, "Slice", [values, *bounds], name, shape)
+        if dims == shape:
+            return _step(graph, "Slice", [values, *bounds], name, shape)
+        values = _step(graph, "Slice", [values, *bounds], f"{weight.name}.filters", shape)
+        into = graph.constant(f"{weight.name}.filter_shape", np.asarray(dims, np.int64))
+        return _step(graph, "Reshape", [values, into], name, dims)
 
     @staticmethod
     def _parts(graph: Graph, weight: Tensor, form: Layout, shape: tuple[int, ...],

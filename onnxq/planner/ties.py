@@ -1,0 +1,44 @@
+"""Tables whose transpose is a layer's weight: tied embeddings, of which exporters write two tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq.graph import Graph, Tensor, dtype_of, shape_of
+from onnxq.planner.weight_only import LINEAR, readers
+
+_ROWS = 256  # that are compared at a time
+
+
+def find(graph: Graph) -> dict[str, str]:
+    """Table [V, D] -> the weight [D, V] of a layer, where one is the other's transpose; each in one pair at most."""
+    tables: dict[tuple[int, ...], list[Tensor]] = {}
+    weights: list[Tensor] = []
+    for name, reading in readers(graph).items():
+        ops = {node.op for _, node in reading}
+        [tensor] = {id(t): t for _, node in reading[:1] for t in node.inputs if t.name == name}.values()
+        if dtype_of(tensor) != np.float32:
+            continue
+        if ops == {"Gather"}:
+            tables.setdefault(_dims(tensor), []).append(tensor)
+        elif ops <= LINEAR:
+            weights.append(tensor)
+    found: dict[str, str] = {}
+    for weight in weights:
+        for table in tables.get(_dims(weight)[::-1], []):
+            if table.name not in found and _transposes(graph, table, weight):
+                found[table.name] = weight.name
+                break
+    return found
+
+
+def _transposes(graph: Graph, table: Tensor, weight: Tensor) -> bool:
+    """Some rows of the table are compared first, so that tensors that only have such shapes cost little."""
+    values = np.asarray(graph.read(weight))
+    starts = range(0, _dims(table)[0], _ROWS)
+    return all(np.array_equal(graph.read_rows(table, first, first + _ROWS), values[:, first : first + _ROWS].T)
+               for first in starts)
+
+
+def _dims(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(d or 0) for d in shape_of(tensor) or ())
