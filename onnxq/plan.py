@@ -37,6 +37,7 @@ MOVES_CODES = frozenset({
 BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
 # prefixes of names in plan.npz
 _SHIFT, _SMOOTHING, _ROUNDED, _MULTIPLES = "bias_shifts/", "smoothings/", "rounded/", "multiples/"
+_NARROWED = "narrowed/"
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,21 @@ class Smoothing:
         return np.bincount(self.source)[self.source]
 
 
+@dataclass(frozen=True, eq=False)
+class Narrowed:
+    """Of the `channels` of `tensor` along `axis` (-1 or 1) those in `kept` stay, int64 [C'] in ascending order.
+
+    `weights` are those of `layers`, which read it, in their shapes but with C' input channels, float32.
+    """
+
+    tensor: str
+    layers: tuple[str, ...]
+    axis: int
+    channels: int
+    kept: npt.NDArray[np.int64]
+    weights: tuple[npt.NDArray[np.float32], ...]
+
+
 @dataclass
 class Plan:
     """All verdicts and scales.
@@ -149,6 +165,8 @@ class Plan:
     and are left out since they gain nothing. `rounded` maps a weight's name to its codes, where these are not the
     nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such. `ties`
     maps a table to the layer's weight that is its transpose: it has no codes but those of this one.
+    `narrowed` maps a tensor of the canonical graph to the channels that it keeps; all else is told of the graph that
+    this makes, and smoothings of that.
     """
 
     scheme: str
@@ -165,6 +183,7 @@ class Plan:
     blocks: dict[str, Blocks] = field(default_factory=dict)
     multiples: dict[str, Multiples] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
+    narrowed: dict[str, Narrowed] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -192,7 +211,7 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything is rewritten at all."""
-        return self.quantizes or bool(self.added) or bool(self.maskings)
+        return self.quantizes or bool(self.added) or bool(self.maskings) or bool(self.narrowed)
 
     def digest(self) -> str:
         """SHA-256 over all decisions, in hexadecimal."""
@@ -247,6 +266,11 @@ class Plan:
             for item in data.get("smoothings", [])}
         plan.multiples = {name: Multiples(size, arrays[f"{_MULTIPLES}{name}"])
                           for name, size in data.get("multiples", {}).items()}
+        for item in data.get("narrowed", []):
+            name = f"{_NARROWED}{item['tensor']}"
+            plan.narrowed[item["tensor"]] = Narrowed(
+                **{**item, "layers": tuple(item["layers"])}, kept=arrays[f"{name}/kept"],
+                weights=tuple(arrays[f"{name}/weights/{k}"] for k in range(len(item["layers"]))))
         plan.ties = dict(data.get("ties", {}))
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
@@ -261,6 +285,8 @@ class Plan:
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
                 "multiples": {k: m.block_size for k, m in self.multiples.items()},
+                "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels}
+                             for n in self.narrowed.values()],
                 "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
@@ -274,5 +300,8 @@ class Plan:
         return (scales | {f"{_SHIFT}{name}": shift for name, shift in self.bias_shifts.items()}
                 | {f"{_ROUNDED}{name}": codes for name, codes in self.rounded.items()}
                 | {f"{_MULTIPLES}{name}": found.values for name, found in self.multiples.items()}
+                | {f"{_NARROWED}{name}/kept": found.kept for name, found in self.narrowed.items()}
+                | {f"{_NARROWED}{name}/weights/{k}": weight for name, found in self.narrowed.items()
+                   for k, weight in enumerate(found.weights)}
                 | {f"{_SMOOTHING}{name}/{part}": array for name, found in self.smoothings.items()
                    for part, array in (("factors", found.factors), ("source", found.source)) if array is not None})

@@ -84,6 +84,20 @@ def groups(graph: Graph, nodes: dict[str, NodePlan]) -> list[Group]:
     return [group for group in made if group is not None]
 
 
+def every_group(graph: Graph) -> list[Group]:
+    """The same of all layers of a float graph with weights of their own, where all that reads a tensor is such."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op in ("MatMul", "Gemm", "Conv") and not node.domain and len(node.inputs) > 1 and is_constant(
+                node.inputs[1]) and not is_constant(node.inputs[0]):
+            found.setdefault(node.inputs[0].name, []).append(node)
+    whole = [layers for layers in found.values()
+             if {n.name for n in graph.consumers(layers[0].inputs[0])} == {n.name for n in layers}
+             and all({n.name for n in graph.consumers(layer.inputs[1])} == {layer.name} for layer in layers)]
+    made = [_group(layers) for layers in whole]
+    return [group for group in made if group is not None]
+
+
 def _group(layers: list[Node]) -> Group | None:
     views = [_view(node) for node in layers]
     kinds = {node.op == "Conv" for node in layers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import make_model, node, random, run
 from search_support import PAIRED, Array, Case, case, compiled, sqnr
 
 from onnxq.calibration import observer
+from onnxq.graph import Graph
 from onnxq.numerics import affine
 from onnxq.numerics.rounding import Hessian, gptq
 from onnxq.numerics.smoothing import Activation
@@ -21,6 +23,7 @@ from onnxq.planner import hessians, ranging, rounding
 from onnxq.planner.outline import Measured, outline
 from onnxq.planner.readers import groups
 from onnxq.planner.scales import finish
+from onnxq.planner.smoothing import Searching
 from onnxq.recipe import Outliers, Recipe
 from onnxq.schemes import scheme
 
@@ -41,6 +44,13 @@ def linear() -> onnx.ModelProto:
 def conv(group: int = 1, **attrs: Any) -> onnx.ModelProto:
     return make_model([node("Conv", "x w", "y", name="conv", group=group, **attrs)], {"x": ["rows", K, 7, 7]},
                       {"y": None}, {"w": random(N, K // group, 3, 2)})
+
+
+def rounded(graph: Graph, plan: Plan, by: Searching) -> dict[str, Array]:
+    """The codes that are noted in a copy of a Plan."""
+    copy = replace(plan, rounded={})
+    rounding.round_weights(graph, copy, by)
+    return copy.rounded
 
 
 def planned(of: Case, name: str = "w8a8") -> Plan:
@@ -76,7 +86,7 @@ def test_codes_keep_results_of_other_rows(form: str, target: Any, tmp_path: Path
                  for s in (0, 9))
     of = case(model, tmp_path, x, name, **({"target": target} if target is not None else {}))
     plan = planned(of, name)
-    found = rounding.round_weights(of.graph, plan, of.by)
+    found = rounded(of.graph, plan, of.by)
     assert list(found) == ["w"]
     w, params = weight(of), plan.weights["w"]
     nearest = affine.quantize(w, params)
@@ -105,20 +115,20 @@ def test_a_layer_of_a_static_scheme_with_scales_per_row(tmp_path: Path) -> None:
             sizes = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
             hessian.update(rows / np.maximum(sizes, np.median(sizes)))
     wanted = gptq(weight(of), hessian.result(), plan.weights["w"], rounding._DAMPING)
-    np.testing.assert_array_equal(rounding.round_weights(of.graph, plan, of.by)["w"], wanted)
+    np.testing.assert_array_equal(rounded(of.graph, plan, of.by)["w"], wanted)
 
 
 def test_inputs_that_move_apart_are_rounded_to_nearest(tmp_path: Path) -> None:
     of = case(linear(), tmp_path, random(1024, 4, K))
-    assert rounding.round_weights(of.graph, planned(of), of.by) == {}
+    assert rounded(of.graph, planned(of), of.by) == {}
 
 
 def test_few_rows_tell_nothing(tmp_path: Path) -> None:
     """Of 8 rows each half has no more than 16 tokens for 32 inputs: what keeps one does not keep the other."""
     of = case(linear(), tmp_path, random(8, 4, K), batch=2)
-    assert rounding.round_weights(of.graph, planned(of), of.by) == {}
+    assert rounded(of.graph, planned(of), of.by) == {}
     of = case(linear(), tmp_path, together(1, 4, K))
-    assert rounding.round_weights(of.graph, planned(of), of.by) == {}, "one half has seen nothing"
+    assert rounded(of.graph, planned(of), of.by) == {}, "one half has seen nothing"
 
 
 def test_the_compiled_file_holds_them(tmp_path: Path) -> None:
@@ -155,7 +165,7 @@ def test_layers_share_a_hessian_and_run_in_as_many_runs_as_memory_needs(tmp_path
     results = []
     for most in (hessians._MOST_BYTES, 1):
         monkeypatch.setattr(hessians, "_MOST_BYTES", most)
-        results.append(rounding.round_weights(of.graph, plan, of.by))
+        results.append(rounded(of.graph, plan, of.by))
     assert runs == [["x", "t"], ["x"], ["t"]]
     assert {"w", "v"} <= results[0].keys() == results[1].keys()
     for name, codes in results[0].items():
@@ -165,13 +175,13 @@ def test_layers_share_a_hessian_and_run_in_as_many_runs_as_memory_needs(tmp_path
 def test_layers_that_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = together(64, K, 7, 7, axis=1)
     of = case(conv(group=2), tmp_path, x)
-    assert rounding.round_weights(of.graph, planned(of), of.by) == {}, "filters that see a part of the channels"
+    assert rounded(of.graph, planned(of), of.by) == {}, "filters that see a part of the channels"
     of = case(conv(), tmp_path, x)
     plan = planned(of)
     monkeypatch.setattr(rounding, "_WIDEST", 6 * K - 1)
-    assert rounding.round_weights(of.graph, plan, of.by) == {}
+    assert rounded(of.graph, plan, of.by) == {}
     monkeypatch.setattr(rounding, "_WIDEST", 6 * K)
-    assert list(rounding.round_weights(of.graph, plan, of.by)) == ["w"]
+    assert list(rounded(of.graph, plan, of.by)) == ["w"]
 
 
 def test_many_patches_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,5 +189,5 @@ def test_many_patches_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     of = case(conv(), tmp_path, together(64, K, 7, 7, axis=1), batch=16)
     plan = planned(of)
     monkeypatch.setattr(hessians, "_PATCHES", 100)
-    codes = [rounding.round_weights(of.graph, plan, of.by)["w"] for _ in range(2)]
+    codes = [rounded(of.graph, plan, of.by)["w"] for _ in range(2)]
     np.testing.assert_array_equal(codes[0], codes[1])

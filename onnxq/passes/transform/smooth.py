@@ -53,14 +53,14 @@ class Smooth(Pass):
         if found.source is not None:
             wide = self._region(graph, x, found)
             widen(graph, wide, found.source)
-            _tell(graph, wide.tensors)
+            tell(graph, wide.tensors)
         if found.absorbed:
             above = absorber(graph, x, frozenset(found.layers), found.factors.size, found.axis)
             if above is None:
                 raise GraphError(f"nothing above {x.name!r} takes the factors of the plan; this is a bug in onnxq")
             for constant in above.constants:
                 _divide(graph, nodes[constant.node], constant, _by_slice(found.factors, above.tie))
-            _tell(graph, above.tensors)
+            tell(graph, above.tensors)
         else:
             smoothed = _mul(graph, x, found.factors)
             for node in layers:
@@ -83,7 +83,8 @@ def scaled_tensors(graph: Graph) -> set[str]:
     return set(json.loads(graph.metadata.get(SCALED, "[]")))
 
 
-def _tell(graph: Graph, tensors: Iterable[str]) -> None:
+def tell(graph: Graph, tensors: Iterable[str]) -> None:
+    """Note that tensors hold something else than those of the same names in the float model."""
     graph.metadata[SCALED] = json.dumps(sorted(scaled_tensors(graph) | set(tensors)))
 
 

@@ -1,0 +1,55 @@
+"""layer(x) -> layer'(x without some channels)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from onnxq.errors import GraphError
+from onnxq.graph import Graph
+from onnxq.passes.absorbing import unused
+from onnxq.passes.manager import Context, Pass
+from onnxq.passes.transform.smooth import tell
+from onnxq.passes.widening import region, widen
+from onnxq.plan import Narrowed
+
+NARROWED = ".narrowed"
+
+
+@dataclass(frozen=True)
+class RemoveChannels(Pass):
+    """MatMul(x, W) -> MatMul(x', W'), x' [.., C'] the channels of x [.., C] that stay, W' float32 [K', N]; likewise
+    Gemm, and Conv on x' [N, C', ..] with W' [M, C', ..].
+
+    The layers above make no other channels any more: their columns or filters are taken out, and what lies between
+    gets narrower. W' is the Plan's: what makes up for the channels that are gone.
+    Source: ZipLM (arXiv 2302.04089); MatMul-13, Gemm-13, Conv-11.
+    """
+
+    name: ClassVar[str] = "remove-channels"
+
+    def run(self, graph: Graph, context: Context) -> bool:
+        """Narrow what the Plan names."""
+        changed = False
+        for found in context.plan.narrowed.values():
+            changed |= self._narrow(graph, found)
+        return changed
+
+    @staticmethod
+    def _narrow(graph: Graph, found: Narrowed) -> bool:
+        nodes = {n.name: n for n in graph.nodes}
+        layers = [nodes[name] for name in found.layers]
+        if any(NARROWED in n.inputs[1].name for n in layers):
+            return False
+        x = layers[0].inputs[0]
+        above = region(graph, x, frozenset(found.layers), found.channels, found.axis)
+        if above is None:
+            raise GraphError(f"no channels of {x.name!r} can be taken out as the plan says; this is a bug in onnxq")
+        widen(graph, above, found.kept, NARROWED)
+        tell(graph, above.tensors)
+        for node, weight in zip(layers, found.weights, strict=True):
+            name = unused(graph, node.inputs[1].name, NARROWED)
+            graph.replace_input(node, 1, graph.constant(name, np.asarray(weight, np.float32)))
+        return True

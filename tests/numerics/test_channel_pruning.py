@@ -1,0 +1,105 @@
+"""Channels that are taken out: the least squares that is promised, and choices that are checked one by one."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxq.numerics import channel_pruning
+from onnxq.numerics.channel_pruning import remove
+from onnxq.numerics.rounding import damped
+
+few = settings(max_examples=25)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def layer(seed, inputs, outputs=7, rank=4):
+    """(w [K, N], rows [200, K] whose channels move together)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(200, rank)) @ rng.normal(size=(rank, inputs)) + 0.3 * rng.normal(size=(200, inputs))
+    return rng.normal(size=(inputs, outputs)).astype(np.float32), x * rng.uniform(0.2, 2.0, inputs)
+
+
+def fitted(w, hessian, inputs):
+    """Weights of `inputs` that fit the outputs best under a hessian, by the normal equations, and the error."""
+    best = np.linalg.solve(hessian[np.ix_(inputs, inputs)], hessian[inputs] @ w)
+    whole = np.zeros(w.shape)
+    whole[inputs] = best
+    return best, float(np.einsum("kn,kn->", whole - w, hessian @ (whole - w)))
+
+
+@given(SEEDS, st.sampled_from([1, 2, 4]), st.data())
+@few
+def test_what_stays_is_the_least_squares_fit(seed, size, data):
+    w, x = layer(seed, 24)
+    count = data.draw(st.integers(0, 24 // size - 1))
+    found = remove(w, x.T @ x, count, size)
+    assert found.kept.tolist() == sorted(set(found.kept.tolist()))
+    assert len(found.kept) == 24 // size - count
+    inputs = (found.kept[:, None] * size + np.arange(size)).reshape(-1)
+    best, _ = fitted(w, damped(x.T @ x, channel_pruning.DAMPING), inputs)
+    np.testing.assert_allclose(found.weight, best, rtol=0, atol=1e-4 * np.abs(best).max())
+    rest = x[:, inputs] @ found.weight - x @ w
+    np.testing.assert_allclose(found.error, np.square(rest).sum() / np.square(x @ w).sum(), atol=1e-5)
+
+
+@given(SEEDS, st.sampled_from([1, 3]))
+@few
+def test_the_first_to_go_costs_least(seed, size):
+    w, x = layer(seed, 12)
+    hessian = damped(x.T @ x, channel_pruning.DAMPING)
+    every = [np.setdiff1d(np.arange(12), np.arange(g * size, (g + 1) * size)) for g in range(12 // size)]
+    errors = [fitted(w, hessian, inputs)[1] for inputs in every]
+    kept = remove(w, x.T @ x, 1, size).kept
+    gone = np.setdiff1d(np.arange(12 // size), kept)
+    assert errors[int(gone[0])] <= min(errors) * (1 + 1e-6)
+
+
+def test_it_comes_near_the_best_choice_of_all(monkeypatch):
+    monkeypatch.setattr(channel_pruning, "DAMPING", 1e-6)
+    ratios = []
+    for seed in range(12):
+        w, x = layer(seed, 10)
+        hessian = x.T @ x
+        best = min(fitted(w, hessian, list(kept))[1] for kept in combinations(range(10), 6))
+        ratios.append(remove(w, hessian, 4, damping=1e-6).error * np.square(x @ w).sum() / best)
+    assert min(ratios) > 1 - 1e-3
+    assert np.mean(ratios) < 1.3
+
+
+def test_many_at_once_lose_little(monkeypatch):
+    errors = []
+    for steps in (1000, channel_pruning.STEPS):
+        monkeypatch.setattr(channel_pruning, "STEPS", steps)
+        w, x = layer(3, 400, 16, rank=60)
+        errors.append(remove(w, x.T @ x, 200).error)
+    assert errors[1] < 1.1 * errors[0]
+
+
+def test_copies_and_silent_channels_go_first_and_cost_nothing():
+    w, x = layer(0, 9)
+    x[:, 4] = 0.0
+    x[:, 7] = 2 * x[:, 2]
+    found = remove(w, x.T @ x, 2, damping=1e-9)
+    assert 4 not in found.kept
+    assert {2, 7} - set(found.kept.tolist())
+    assert found.error < 1e-6
+    nothing = remove(w, np.zeros((9, 9)), 3)
+    assert len(nothing.kept) == 6
+    assert nothing.error == 0.0
+
+
+def test_what_it_refuses():
+    w, x = layer(0, 8)
+    for wrong in ((w, np.eye(7), 1, 1), (w, np.eye(8), 1, 3), (w[0], np.eye(7), 1, 1)):
+        with pytest.raises(ValueError, match="don't fit"):
+            remove(*wrong)
+    for count, size in ((8, 1), (-1, 1), (2, 4)):
+        with pytest.raises(ValueError, match=f"{count} of {8 // size} groups can't go"):
+            remove(w, x.T @ x, count, size)
+    with pytest.raises(ValueError, match="NaN"):
+        remove(w, np.full((8, 8), np.nan), 1)
