@@ -20,9 +20,11 @@ from onnxq.numerics.rounding import Floats, damped, upper_factor
 Weights = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
-BLOCK = 128  # inputs whose weights compete for zeros
-COLUMNS = 1024  # outputs that are refitted at a time
-STEPS = 30  # of conjugate gradients: more change nothing that a model's result shows
+BLOCK = 32  # inputs whose weights compete for zeros
+COLUMNS = 1024  # outputs that are refitted at a time, and compete for exchanges
+STEPS, FEW_STEPS = 30, 8  # of conjugate gradients, at last and between exchanges: more gain next to nothing
+ROUNDS = 8  # of exchanges
+EXCHANGED = 0.01  # of all weights, in a round at most; half as many after a round that gained nothing
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,29 @@ def refit(w: Weights, pruned: Weights, hessian: Floats, damping: float = 0.01, s
     conjugate gradients with the diagonal as preconditioner. No step raises the error of the damped problem. ValueError
     as for sparsegpt.
     """
-    exact = _checked(w, 0.0)
+    return exchange(w, pruned, hessian, None, damping, 0, steps)
+
+
+def exchange(w: Weights, pruned: Weights, hessian: Floats, pattern: Pattern | None = None, damping: float = 0.01,
+             rounds: int = ROUNDS, steps: int = STEPS) -> Weights:
+    """`pruned` [K, N] with zeros moved to where they cost less, and the other weights refitted, float32.
+
+    While others stay, a zero that may be another number again lowers the squared error of its output by (H e)_k^2 /
+    H_kk, and a weight that becomes 0 raises it by w_k^2 H_kk. In each round the zeros that gain most are exchanged for
+    the weights that cost least, of COLUMNS outputs together or, with a pattern, of one group; the rest is refitted, and
+    what does not lower the error of the damped hessian is taken back. The number of zeros stays, as do patterns.
+    ValueError as for sparsegpt.
+    """
+    exact = _checked(w, 0.0 if pattern is None else pattern)
     if hessian.shape != (len(exact), len(exact)) or not np.isfinite(hessian).all() or pruned.shape != w.shape:
         raise ValueError(f"pruned {list(pruned.shape)} and hessian {list(hessian.shape)} don't fit w {list(w.shape)}; "
                          "give [K, N] and a finite [K, K]")
     tempered = damped(hessian, damping)
-    diagonal = tempered.diagonal()[:, None]
-    inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
-    found = np.empty_like(pruned)
+    found = np.empty(exact.shape, np.float32)
     for first in range(0, exact.shape[1], COLUMNS):
         part = slice(first, first + COLUMNS)
-        found[:, part] = _descended(exact[:, part], pruned[:, part].astype(np.float64), tempered, inverse, steps)
+        search = _Search(exact[:, part], tempered, pattern)
+        found[:, part] = search.run(pruned[:, part].astype(np.float64), rounds, steps)
     return found
 
 
@@ -160,23 +174,81 @@ def relative_error(w: Weights, pruned: Weights, hessian: Floats) -> float:
 # ------------------------------------------------------------------ parts
 
 
-def _descended(exact: Floats, x: Floats, hessian: Floats, inverse: Floats, steps: int) -> Floats:
-    """x after `steps` of conjugate gradients on the entries that are not 0; inverse [K, 1] is that of the diagonal."""
-    kept = x != 0
-    left = -(hessian @ (x - exact)) * kept
-    way = left * inverse
-    size = np.einsum("kn,kn->n", left, way)
-    for _ in range(steps):
-        moved = hessian @ way
-        curve = np.einsum("kn,kn->n", way, moved)
-        length = np.divide(size, curve, out=np.zeros_like(size), where=curve > 0)
-        x = x + length * way
-        left -= length * moved * kept
-        ahead = left * inverse
-        new = np.einsum("kn,kn->n", left, ahead)
-        way = ahead + np.divide(new, size, out=np.zeros_like(size), where=size > 0) * way
-        size = new
-    return x
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Of the weights that stand for `exact` [K, N] best by a hessian [K, K], those of a pattern if there is one."""
+
+    exact: Floats
+    hessian: Floats
+    pattern: Pattern | None
+
+    def run(self, x: Floats, rounds: int, steps: int) -> Floats:
+        """x after some rounds of exchanges and a last refit."""
+        kept, share = x != 0, EXCHANGED
+        if rounds:
+            x = self.refitted(x, kept, FEW_STEPS)
+            least = self.error(x)
+        for _ in range(rounds):
+            tried = self.exchanged(x, kept, int(share * x.size) + 1)
+            if tried is None:
+                break
+            moved = self.refitted(np.where(tried, x, 0.0), tried, FEW_STEPS)
+            error = self.error(moved)
+            if error < least:
+                x, kept, least = moved, tried, error
+            else:
+                share /= 2
+        return self.refitted(x, kept, steps)
+
+    def error(self, x: Floats) -> float:
+        change = x - self.exact
+        return float(np.einsum("kn,kn->", change, self.hessian @ change))
+
+    def exchanged(self, x: Floats, kept: Mask, count: int) -> Mask | None:
+        """`kept` after at most `count` exchanges; None where none gains anything."""
+        diagonal = self.hessian.diagonal()[:, None]
+        slope = self.hessian @ (x - self.exact)
+        gain = np.divide(np.square(slope), diagonal, out=np.zeros_like(x), where=(diagonal > 0) & ~kept)
+        cost = np.where(kept, np.square(x) * diagonal, np.inf)
+        freed, gone = self.best(gain, cost, min(count, x.size))
+        better = gain.reshape(-1)[freed] > cost.reshape(-1)[gone]
+        if not better.any():
+            return None
+        found = kept.reshape(-1).copy()
+        found[freed[better]], found[gone[better]] = True, False
+        return found.reshape(kept.shape)
+
+    def best(self, gain: Floats, cost: Floats, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """The places of `count` zeros that gain most, and of as many weights that cost least to go for them."""
+        if self.pattern is None:
+            return (np.argsort(-gain.reshape(-1), kind="stable")[:count],
+                    np.argsort(cost.reshape(-1), kind="stable")[:count])
+        size, outputs = self.pattern.size, gain.shape[1]
+        first, column = np.divmod(np.arange(gain.size // size), outputs)
+        most, least = (part.reshape(-1, size, outputs) for part in (gain, cost))
+        freed = (first * size + most.argmax(axis=1).reshape(-1)) * outputs + column
+        gone = (first * size + least.argmin(axis=1).reshape(-1)) * outputs + column
+        wanted = np.argsort((least.min(axis=1) - most.max(axis=1)).reshape(-1), kind="stable")[:count]
+        return freed[wanted], gone[wanted]
+
+    def refitted(self, x: Floats, kept: Mask, steps: int) -> Floats:
+        """x after some steps of conjugate gradients on the entries that are kept, whose others are 0."""
+        diagonal = self.hessian.diagonal()[:, None]
+        inverse = np.divide(1.0, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
+        left = -(self.hessian @ (x - self.exact)) * kept
+        way = left * inverse
+        size = np.einsum("kn,kn->n", left, way)
+        for _ in range(steps):
+            moved = self.hessian @ way
+            curve = np.einsum("kn,kn->n", way, moved)
+            length = np.divide(size, curve, out=np.zeros_like(size), where=curve > 0)
+            x = x + length * way
+            left -= length * moved * kept
+            ahead = left * inverse
+            new = np.einsum("kn,kn->n", left, ahead)
+            way = ahead + np.divide(new, size, out=np.zeros_like(size), where=size > 0) * way
+            size = new
+        return x
 
 
 def _checked(w: Weights, wanted: Wanted) -> Floats:

@@ -16,6 +16,7 @@ from onnxq.graph import Graph, identity, is_constant, shape_of, up_to
 from onnxq.numerics import sparsity as numerics
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.sampling import View
+from onnxq.numerics.sparsity import Pattern
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.prune import Prune
 from onnxq.plain import plain
@@ -242,7 +243,8 @@ def _pruned(values: Floats, task: Task, recipe: Recipe, method: str,
     if hessian is None or method == MAGNITUDE:
         made = np.where(numerics.magnitude(aim, wanted), aim, np.float32(0))
     elif method == SPARSEGPT:
-        made = numerics.refit(aim, numerics.sparsegpt(aim, hessian, wanted, _DAMPING), hessian, _DAMPING)
+        pattern = wanted if isinstance(wanted, Pattern) else None
+        made = numerics.exchange(aim, numerics.sparsegpt(aim, hessian, wanted, _DAMPING), hessian, pattern, _DAMPING)
     else:
         made = np.where(numerics.wanda(aim, np.sqrt(hessian.diagonal()), wanted), aim, np.float32(0))
     error = numerics.relative_error(aim, made, hessian) if hessian is not None else None
