@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str] | None] = {
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "schemes", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "schemes", "runtime", "plugins"},
     "planner": {"calibration", "graph", "language", "numerics", "passes", "plain", "plan", "ports", "progress",
-                "recipe", "runtime", "schemes", "sizes", "spool", "targets", "version"},
+                "recipe", "runtime", "schemes", "sizes", "sparsity", "spool", "targets", "version"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

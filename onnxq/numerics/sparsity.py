@@ -105,18 +105,21 @@ def sparsegpt(w: Weights, hessian: Floats, wanted: Wanted, damping: float = 0.01
     if hessian.shape != (len(exact), len(exact)) or not np.isfinite(hessian).all():
         raise ValueError(f"hessian {list(hessian.shape)} doesn't fit w {list(w.shape)}; give a finite [K, K]")
     live = hessian.diagonal() > 0
-    filled = np.array(hessian, np.float64)
-    filled[~live, ~live] = 1.0
-    upper = upper_factor(filled, damping)
-    if upper is None:
+    factor = upper_factor(hessian[np.ix_(live, live)], damping)
+    if factor is None:
         return np.where(magnitude(w, wanted), w, np.float32(0))
+    upper = np.eye(len(exact))
+    upper[np.ix_(live, live)] = factor
     pivots = np.where(live, upper.diagonal(), 0.0)
     feedback = upper.T / upper.diagonal()[:, None]
     found, changes = np.empty_like(exact), np.zeros_like(exact)
     step = wanted.size if isinstance(wanted, Pattern) else block
     for first in range(0, len(exact), step):
         rows = slice(first, first + step)
-        now = exact[rows] - feedback[rows, :first] @ changes[:first]
+        start = exact[rows] - feedback[rows, :first] @ changes[:first]
+        now, inside = np.array(start), feedback[rows, rows]
+        for i in range(1, len(now)):  # as they are once nothing of the block changes any more
+            now[i] -= inside[i, :i] @ (now[:i] - exact[rows][:i])
         scores = np.square(now * pivots[rows, None])
         if isinstance(wanted, Pattern):
             kept = _largest_of_groups(scores, wanted)
@@ -125,7 +128,7 @@ def sparsegpt(w: Weights, hessian: Floats, wanted: Wanted, damping: float = 0.01
             kept = ~_smallest(scores.reshape(-1), done).reshape(now.shape)
         for i in range(len(now)):
             j = first + i
-            moved = now[i] - feedback[j, first:j] @ changes[first:j]
+            moved = start[i] - inside[i, :i] @ changes[first:j]
             found[j] = np.where(kept[i], moved, 0.0)
             changes[j] = found[j] - exact[j]
     return found.astype(np.float32)
