@@ -286,7 +286,7 @@ class Recipe:
         if self.bits.are_chosen and not self.scheme.is_weight_only:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
-        if self.sparsity.wanted is not None and self.scheme.is_weight_only:
+        if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
             raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
                               "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
         if self.attention not in ATTENTIONS:

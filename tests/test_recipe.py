@@ -330,8 +330,9 @@ def test_other_sparsity_is_refused(section: str, words: str) -> None:
 
 
 def test_weights_in_blocks_are_not_pruned() -> None:
-    with pytest.raises(RecipeError, match=r"^sparsity: scheme w4a16 stores weights in blocks"):
-        recipe.parse("scheme: w4a16\nsparsity: {share: 50%}")
+    for name in ("w4a16", "w4a8"):
+        with pytest.raises(RecipeError, match=rf"^sparsity: scheme {name} stores weights in blocks"):
+            recipe.parse(f"scheme: {name}\nsparsity: {{share: 50%}}")
     assert recipe.parse("scheme: w4a16\nsparsity: {share: 0%}").sparsity.wanted is None
 
 
