@@ -20,6 +20,7 @@ from onnxq import sizes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.plain import StrictLoader, build, plain
 from onnxq.schemes import BLOCK_SIZES, FLOAT, Scheme, scheme, scheme_names, weight_only_names
+from onnxq.sparsity import DENSE, Sparsity
 
 VERSION = 1
 SQNR = "sqnr"
@@ -278,12 +279,16 @@ class Recipe:
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
     bits: Bits = Bits()
+    sparsity: Sparsity = DENSE
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for what is not known, and for bits to choose in a scheme that has no blocks."""
+        """Raises RecipeError for what is not known, and for bits to choose or zeros that the scheme has no use for."""
         if self.bits.are_chosen and not self.scheme.is_weight_only:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
+        if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
+            raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
+                              "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:

@@ -24,6 +24,7 @@ from onnxq.cli.options import (
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
 from onnxq.recipe import OUTLIERS, ROUNDINGS
 from onnxq.request import OBJECTIVES
+from onnxq.sparsity import PRUNINGS
 from onnxq.targets import TARGETS
 
 
@@ -65,6 +66,13 @@ from onnxq.targets import TARGETS
               help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
                    "scales, more where they matter.")
 @click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
+@click.option("--sparsity", metavar="SHARE",
+              help="Prune: make this share of each layer's weights 0, e.g. 50%; saves bytes once packed, not time.")
+@click.option("--prune", type=click.Choice(PRUNINGS),
+              help="By which method: sparsegpt changes the other weights to make up for the zeros; magnitude needs no "
+                   "data.  [default: sparsegpt, or the recipe's]")
+@click.option("--pattern", metavar="N:M",
+              help="Prune so that of every M inputs N stay, e.g. 2:4; instead of --sparsity.")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
@@ -101,6 +109,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
       onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
+      onnxq compile model.onnx --calib calib.npz --sparsity 50% --prune sparsegpt
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
@@ -114,7 +123,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
-                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback")
+                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback", "sparsity",
+                 "prune", "pattern")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return
