@@ -26,6 +26,7 @@ from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
+from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.planner import rules, weight_only
@@ -55,8 +56,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
             target_bits: float | None = None, max_size: str | None = None, sparsity: str | None = None,
-            prune: str | None = None, pattern: str | None = None, eval: Any = None, metric: str | None = None,
-            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
+            prune: str | None = None, pattern: str | None = None, prune_channels: str | None = None,
+            eval: Any = None, metric: str | None = None, max_drop: str | None = None, target: str = "cpu",
+            threads: int = 0, format: str = AUTO,
             keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
             plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
             objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
@@ -69,9 +71,10 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     those of a recipe; `group_size` and `symmetric` replace those of a weight-only scheme, in which `target_bits`
     (per weight) and `max_size` (of the file, such as 40MB) have formats chosen for each weight. `sparsity` is the
     share of zeros that layers' weights get (such as 50%), `pattern` that of every M inputs N stay (such as 2:4),
-    and `prune` the method. `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is
-    written even when a check fails: look at `Report.ok`. `save_plan` names a folder for all that was decided; given
-    as `plan`, it is replayed: the same Plan on the same model gives the same bytes, without data, on any machine.
+    and `prune` the method; `prune_channels` the share of channels that are taken out. `calib` and `eval` are DATA (see
+    onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
+    `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
+    model gives the same bytes, without data, on any machine.
     Nodes run in integers where the target was measured to be faster then, on the shapes of the data or those of
     `shapes` (free axis -> size or sizes); `objective` balanced, latency or size says what 2 % of a node's time are
     worth: the smaller change, nothing, or integers. `measure` False takes the target's tables instead. `fallback`
@@ -85,7 +88,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
                      rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
-                     max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern)
+                     max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern,
+                     prune_channels=prune_channels)
     destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
     here = target_here(target)
     here = replace(here, fused=frozenset(), portable=True) if format == "qdq" else here  # standard operators alone
@@ -263,7 +267,7 @@ class _Compilation:
             self.planning.round(self.context.plan)
             self.planning.correct(self.context.plan)
         plan, said = self.context.plan, self.report.verdict.notices
-        said += notices.of_plan(plan, self.planning, (plan.quantizes or bool(plan.pruned)) if able is None else able)
+        said += notices.of_plan(plan, self.planning, plan.quantizes or plan.shrinks if able is None else able)
         if self.planning.calib is not None and (self.planning.used_data or plan.bias_shifts):
             said += notices.of_data(self.planning.calib, "calibration")
         if feeds and request.measure and self.report.latency is None:  # a saved Plan is replayed, not measured again
@@ -277,7 +281,7 @@ class _Compilation:
     def _write(self, compiled: Path | None, twin: Path | None) -> Graph:
         """The model that the Plan makes, written beside its QDQ form where there are paths for them."""
         graph = self.planning.base.copy()
-        self._passes([Prune(), Smooth()], graph)
+        self._passes([RemoveChannels(), Prune(), Smooth()], graph)
         self.made |= {n.name: _results(graph, n) for n in graph.nodes}
         self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:

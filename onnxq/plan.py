@@ -165,8 +165,8 @@ class Plan:
     and are left out since they gain nothing. `rounded` maps a weight's name to its codes, where these are not the
     nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such. `ties`
     maps a table to the layer's weight that is its transpose: it has no codes but those of this one.
-    `narrowed` maps a tensor of the canonical graph to the channels that it keeps; all else is told of the graph that
-    this makes, and smoothings of that.
+    `widths` maps a weight to the bits that all but a few of its int8 codes fit. `narrowed` maps a tensor of the
+    canonical graph to the channels that it keeps; all else is told of the graph that this makes.
     `pruned` maps the name of a weight of the canonical graph to its values with zeros, float32, which everything else
     is told of.
     """
@@ -186,6 +186,7 @@ class Plan:
     multiples: dict[str, Multiples] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
     narrowed: dict[str, Narrowed] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
     pruned: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
@@ -214,7 +215,12 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything is rewritten at all."""
-        return self.quantizes or any((self.added, self.maskings, self.narrowed, self.pruned))
+        return self.quantizes or self.shrinks or bool(self.added) or bool(self.maskings)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether weights become 0, or channels go."""
+        return bool(self.pruned) or bool(self.narrowed)
 
     def digest(self) -> str:
         """SHA-256 over all decisions, in hexadecimal."""
@@ -274,6 +280,7 @@ class Plan:
             plan.narrowed[item["tensor"]] = Narrowed(
                 **{**item, "layers": tuple(item["layers"])}, kept=arrays[f"{name}/kept"],
                 weights=tuple(arrays[f"{name}/weights/{k}"] for k in range(len(item["layers"]))))
+        plan.widths = dict(data.get("widths", {}))
         plan.ties = dict(data.get("ties", {}))
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.pruned = {k.removeprefix(_PRUNED): v for k, v in arrays.items() if k.startswith(_PRUNED)}
@@ -291,7 +298,7 @@ class Plan:
                 "multiples": {k: m.block_size for k, m in self.multiples.items()},
                 "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels}
                              for n in self.narrowed.values()],
-                "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
+                "widths": self.widths, "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
                                for s in self.smoothings.values()]}

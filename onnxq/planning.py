@@ -25,13 +25,15 @@ from onnxq.passes.transform import transform
 from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
 from onnxq.passes.transform.prune import Prune
+from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.passes.transform.smooth import Smooth
-from onnxq.plan import Plan
+from onnxq.plan import Plan, Smoothing
 from onnxq.planner import (
     alone,
     block_rounding,
     correction,
     masks,
+    narrowing,
     pruning,
     ranging,
     rounding,
@@ -44,11 +46,13 @@ from onnxq.planner.bit_costs import Seeing
 from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
 from onnxq.planner.mixed_bits import MixedBits
+from onnxq.planner.narrowing import Taken
 from onnxq.planner.outline import Chosen, Measured, Outline, outline
 from onnxq.planner.pruning import Calibrated, Pruning
 from onnxq.planner.ranging import escaped
 from onnxq.planner.readers import groups
 from onnxq.planner.replay import check_smoothings, replayed
+from onnxq.planner.rules import verdicts
 from onnxq.planner.scales import finish
 from onnxq.planner.sensitivity import Layer
 from onnxq.planner.smoothing import Searching, Smoothed
@@ -68,11 +72,12 @@ class Planning:
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
                  progress: Progress, stage: Stages, dropped: Collection[str] = (), output_format: str = "") -> None:
-        self.base = self.graph = graph  # `graph` is what is planned on: pruned, or with channels scaled, not `base`
+        self.base = self.graph = graph  # `graph` is what is planned on: narrowed, pruned, scaled
         self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.escaped: dict[str, str] = {}  # layers with a scale for each row, with the reason
+        self.taken: list[Taken] | None = None  # channels that are taken out
         self.pruning: Pruning | None = None
         self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
@@ -89,6 +94,8 @@ class Planning:
 
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
+        if self.taken is None:
+            self._narrow()
         if self.pruning is None:
             self._prune()
         if self.smoothed is None:
@@ -146,24 +153,48 @@ class Planning:
         with self.stage("scales"):
             plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
         smoothing.use(plan, self.smoothed or {})
-        plan.pruned = dict(self.pruning.values) if self.pruning is not None else {}
+        before = self._before_scaling()
+        plan.narrowed, plan.pruned = before.narrowed, before.pruned
+        narrowing.say(plan, self.taken or [])
         masks.decide(self.hiding, plan)
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
 
     def graph_for(self, plan: Plan) -> Graph:
-        """A graph of its own to rewrite as a Plan says: the canonical one, pruned, with channels scaled."""
+        """A graph of its own to rewrite as a Plan says: the canonical one, narrowed, pruned, with channels scaled."""
         graph = self.base.copy()
-        PassManager([Prune(), Smooth()]).run(graph, Context(self.target, plan))
+        PassManager([RemoveChannels(), Prune(), Smooth()]).run(graph, Context(self.target, plan))
         return graph
 
     def replay(self, plan: Plan) -> Plan:
         """A saved Plan, for the graph that it was made for. Raises UsageError for another."""
-        pruning.check_pruned(plan, self.base)
+        narrowing.check(plan, self.base)
+        pruning.check_pruned(plan, self.graph_for(Plan("", "", narrowed=plan.narrowed)))
         check_smoothings(plan, self.base)
         self.graph = self.graph_for(plan)
         return replayed(plan, self.graph)
+
+    def _before_scaling(self, smoothings: Mapping[str, Smoothing] = MappingProxyType({})) -> Plan:
+        """A Plan of what is decided before scales are."""
+        narrowed = {one.rewrite.tensor: one.rewrite for one in self.taken or ()}
+        return Plan("", "", smoothings=dict(smoothings), narrowed=narrowed,
+                    pruned=dict(self.pruning.values) if self.pruning is not None else {})
+
+    def _narrow(self) -> None:
+        """Find channels to take out, and plan on the graph without them from now on."""
+        self.taken = []
+        share = self.recipe.sparsity.channels_share
+        if not share or self.calib is None:
+            return
+        with self.stage("narrow"):
+            self._start(self.recipe.calibration.samples)
+            self.used_data = True
+            by = Calibrated(self.calib, self.options, self.progress.step)
+            self.taken = narrowing.narrow(self.graph, share, verdicts(self.graph, self.recipe), by,
+                                          self.recipe.calibration)
+            self.graph = self.graph_for(self._before_scaling())
+        self.notices.append(narrowing.notice(self.taken))
 
     def _prune(self) -> None:
         """Find which weights become 0, and plan on the graph that has them from now on."""
@@ -177,7 +208,7 @@ class Planning:
                 self._start(self.recipe.calibration.samples)
                 self.used_data = True
             self.pruning = pruning.prune(self.graph, self.recipe, by, self.spool)
-            self.graph = self.graph_for(Plan("", "", pruned=self.pruning.values))
+            self.graph = self.graph_for(self._before_scaling())
 
     def _smooth(self) -> None:
         """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
@@ -199,9 +230,7 @@ class Planning:
         if not smoothed:
             return
         assert self.calib is not None
-        pruned = self.pruning.values if self.pruning is not None else {}
-        plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()}, pruned=pruned)
-        graph = self.graph_for(plan)
+        graph = self.graph_for(self._before_scaling({name: one.rewrite for name, one in smoothed.items()}))
         if smoothing.same(self.graph, graph, next(self.calib.batches(1)).feed, self.options):
             self.smoothed, self.graph = smoothed, graph
         else:

@@ -17,6 +17,7 @@ from onnxq.passes.pack import pack
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
+from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
@@ -67,7 +68,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
             max_size: str | None = None, sparsity: str | None = None, prune: str | None = None,
-            pattern: str | None = None) -> Recipe:
+            pattern: str | None = None, prune_channels: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
@@ -95,21 +96,22 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
     return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
-                   sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern),
+                   sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern, prune_channels),
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
 
 
-def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str | None) -> Sparsity:
+def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str | None,
+            channels: str | None) -> Sparsity:
     """The recipe's section with the options put in: a share asked for alone goes before the recipe's pattern, and the
     other way round."""
     if share is not None or pattern is not None:
         given = replace(given, share=share, pattern=pattern)
     if method is not None and given.wanted is None:
         raise UsageError(f"--prune {method} says how, but not how much; give --sparsity, such as 50%, or --pattern 2:4")
-    return replace(given, method=method or given.method)
+    return replace(given, method=method or given.method, channels=channels or given.channels)
 
 
 def several(shapes: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -140,6 +142,8 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if pruned.needs_data and request.calib is None and request.plan is None:
         raise UsageError(f"pruning by {pruned.method} looks at what layers read; give --calib DATA, or take the "
                          "smallest weights with --prune magnitude")
+    if pruned.channels_share and request.calib is None and request.plan is None:
+        raise UsageError("channels are taken out by what layers read, for which others make up; give --calib DATA")
     level = request.recipe.fallback.level
     if level and not chosen.is_float and request.calib is None and request.plan is None:
         raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")
@@ -167,5 +171,5 @@ def _check_output(request: Request, force: bool) -> None:
 
 
 def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), Prune(), Smooth(), *transform(), *quantize(), *lower(output_format),
-                             *pack())]
+    return [p.name for p in (*canonicalize(), RemoveChannels(), Prune(), Smooth(), *transform(), *quantize(),
+                             *lower(output_format), *pack())]

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from onnxq.errors import RecipeError, UsageError
+from onnxq.numerics.outliers import BITS, FRACTION
 from onnxq.plain import build
 
 
@@ -23,6 +24,8 @@ class TensorSpec:
 
     search: how the scales of blocks are found; auto (by what is left of the error, on calibration data where there are
     some), absmax (from the extremes) or mse (the least squared error over scale and minimum, as llama.cpp's k-quants).
+    bits: how many all int8 codes of a weight fit but for a few, which are larger: `fraction` of them, or with a
+    `sigma_factor` those of weights beyond so many times the root mean square of their channel. None: all that int8 has.
     """
 
     dtype: str = "int8"
@@ -31,22 +34,35 @@ class TensorSpec:
     dynamic: bool = False
     block_size: int | None = None
     search: str = "auto"
+    bits: int | None = None
+    fraction: float = FRACTION
+    sigma_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for a share that is none."""
+        if not 0 <= self.fraction <= _MOST_PROTECTED:
+            raise RecipeError(f"fraction: {self.fraction} of a weight can't be protected; use 0 to {_MOST_PROTECTED}, "
+                              "as with more of them wider codes are smaller")
+        if self.sigma_factor is not None and not _SIGMAS[0] <= self.sigma_factor <= _SIGMAS[1]:
+            raise RecipeError(f"sigma_factor: {self.sigma_factor} standard deviations hold too few or all weights; use "
+                              f"{_SIGMAS[0]} to {_SIGMAS[1]}")
 
 
+_MOST_PROTECTED, _SIGMAS = 0.1, (1.5, 8.0)
 SEARCHES = ("auto", "absmax", "mse")
 BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has kernels for
 
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "dtype": ("int8",), "symmetric": (True,), "granularity": ("tensor", "channel"), "dynamic": (False,),
-    "block_size": (None,)}
+    "block_size": (None,), "bits": (None, *BITS)}
 _BLOCKS: dict[str, tuple[Any, ...]] = {
     "dtype": ("int2", "int4", "int8", "uint2", "uint4", "uint8"), "granularity": ("block",), "dynamic": (False,),
-    "block_size": BLOCK_SIZES, "search": SEARCHES}
+    "block_size": BLOCK_SIZES, "search": SEARCHES, "bits": (None,)}
 # levels of 4 bits whose scales are multiples of a channel's: integer kernels read int8 (see numerics.two_level)
 _TWO_LEVELS: dict[str, tuple[Any, ...]] = {
     "dtype": ("int4",), "symmetric": (True,), "granularity": ("block",), "dynamic": (False,),
-    "block_size": BLOCK_SIZES, "search": SEARCHES}
-_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token")}
+    "block_size": BLOCK_SIZES, "search": SEARCHES, "bits": (None,)}
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token"), "bits": (None,)}
 
 
 @dataclass(frozen=True)

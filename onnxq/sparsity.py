@@ -19,18 +19,21 @@ class Sparsity:
     such as 2:4: of every M inputs in a row N stay, for each output; M divides the inputs of a layer or the channels of
     a convolution, or it is spared. method: sparsegpt (what costs the results least, the other weights making up for
     it), wanda (the smallest weights times the size of their inputs) or magnitude (the smallest weights, without data).
-    embeddings: whether tables of embeddings are pruned, too, by magnitude.
+    embeddings: whether tables of embeddings are pruned, too, by magnitude. channels: the share, such as 25%, of the
+    channels between two layers that are taken out with all that makes and reads them, the rest making up for them.
     """
 
     share: str | None = None
     method: str = SPARSEGPT
     pattern: str | None = None
     embeddings: bool = False
+    channels: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RecipeError naming the key that can't be used."""
         if self.method not in PRUNINGS:
             raise RecipeError(f"sparsity.method: {self.method!r} is not known; use {', '.join(PRUNINGS)}")
+        _ = self.channels_share
         share = _share(self.share) if self.share is not None else 0.0
         if self.pattern is None:
             return
@@ -50,19 +53,25 @@ class Sparsity:
         return (_share(self.share) or None) if self.share is not None else None
 
     @property
+    def channels_share(self) -> float:
+        """The share of channels that are taken out; 0 for none."""
+        return _share(self.channels, "channels") if self.channels is not None else 0.0
+
+    @property
     def needs_data(self) -> bool:
         """Whether the method looks at what layers read."""
         return self.wanted is not None and self.method != MAGNITUDE
 
 
-def _share(text: str) -> float:
+def _share(text: str, key: str = "share") -> float:
     """0.5 of '50%' or '0.5'. Raises RecipeError."""
     try:
         found = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
         found = -1.0
     if not 0 <= found < 1:
-        raise RecipeError(f"sparsity.share: {text!r} is no share of zeros; write e.g. 50% or 0.5")
+        raise RecipeError(f"sparsity.{key}: {text!r} is no share of {'zeros' if key == 'share' else key}; write e.g. "
+                          "50% or 0.5")
     return found
 
 

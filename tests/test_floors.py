@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str] | None] = {
     "spool": set(),
     "numerics": set(),
     "targets": set(),
-    "schemes": {"plain"},
+    "schemes": {"numerics", "plain"},
     "sparsity": {"numerics"},
     "recipe": {"plain", "schemes", "sizes", "sparsity"},
     "presets": {"recipe", "schemes"},

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration import observer
-from onnxq.calibration.readers import Dataset
-from onnxq.graph import Graph, Node
-from onnxq.numerics.channel_pruning import remove
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, Node, up_to
+from onnxq.numerics.channel_pruning import DAMPING, remove
+from onnxq.numerics.compensation import Drift
 from onnxq.numerics.sampling import View
+from onnxq.passes.manager import Context
+from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.passes.widening import region
-from onnxq.plan import Narrowed
-from onnxq.planner.hessians import Half, chunks
+from onnxq.plan import Narrowed, Plan
+from onnxq.planner.pruning import Calibrated, Seen
 from onnxq.planner.readers import Group, every_group
 from onnxq.planner.scales import finite
 from onnxq.recipe import Calibration
-from onnxq.runtime.session import SessionOptions
 
 Floats = npt.NDArray[np.float32]
 
@@ -30,13 +32,16 @@ LANES = 16  # channels that stay are a multiple of it where there are more: kern
 
 @dataclass(frozen=True)
 class Taken:
-    """What one tensor lost: channels of how many, and the squared change of what is made of it, over its squares."""
+    """What one tensor lost, and the squared change of what is made of it, over its squares."""
 
-    tensor: str
-    layers: tuple[str, ...]
-    channels: int
-    left: int
+    rewrite: Narrowed
     error: float
+
+    def reason(self) -> str:
+        """For the report."""
+        gone = self.rewrite.channels - len(self.rewrite.kept)
+        return (f"{gone} of the {self.rewrite.channels} channels of its input are taken out, for which the others make "
+                f"up but for {self.error:.2%}")
 
 
 def candidates(graph: Graph, spared: frozenset[str]) -> list[Group]:
@@ -53,25 +58,65 @@ def candidates(graph: Graph, spared: frozenset[str]) -> list[Group]:
     return found
 
 
-def narrow(graph: Graph, share: float, spared: frozenset[str], data: Dataset, how: Calibration,
-           options: SessionOptions, progress: Callable[[int], None] | None = None) -> list[tuple[Narrowed, Taken]]:
+def narrow(graph: Graph, share: float, spared: Collection[str], by: Calibrated, how: Calibration) -> list[Taken]:
     """Take `share` of the channels out of each candidate, those that the others can make up for best.
 
-    All are observed in float at once. Tensors of which no rows are seen stay as they are. Raises ModelError for weights
+    One tensor after the other, from the first to the last: its layers are observed with all before them narrowed, and
+    make up for what those are off by. Tensors of which no rows are seen stay as they are. Raises ModelError for weights
     with NaN or infinities.
     """
-    wanted = {group.name: group for group in candidates(graph, spared)}
-    made: list[tuple[Narrowed, Taken]] = []
-    for chunk in chunks({name: group.channels * group.views[0].repeat for name, group in wanted.items()}):
-        running = {name: Half(wanted[name].views[0], lambda x: x, alike=True) for name in chunk}
-        observer.fold(graph, {}, data, how, options, progress, [running])
-        for name in chunk:
-            group, hessian = wanted[name], running.pop(name).hessian
-            count = _count(group.channels, share)
-            if hessian.count and count:
-                rewrite, error = _removed(graph, group, hessian.result(), count)
-                made.append((rewrite, Taken(name, rewrite.layers, group.channels, len(rewrite.kept), error)))
+    made: list[Taken] = []
+    for group in candidates(graph, frozenset(spared)):
+        count = _count(group.channels, share)
+        drift = _observed(graph, group, made, by, how) if count else None
+        if drift is not None and drift.count:
+            made.append(_removed(graph, group, drift, count))
     return made
+
+
+def _observed(graph: Graph, group: Group, made: Sequence[Taken], by: Calibrated, how: Calibration) -> Drift:
+    """What a group's layers read, in float and with what is narrowed before them so."""
+    whole = up_to(graph, [group.name]) if graph.producer(group.tensor) is not None else graph
+    nodes = {n.name for n in whole.nodes}
+    before = {one.rewrite.tensor: one.rewrite for one in made if nodes.issuperset(one.rewrite.layers)}
+    twin = whole.copy() if before else None
+    if twin is not None:
+        RemoveChannels().run(twin, Context(plan=Plan("", "", narrowed=before)))
+    seen = Seen(group.views[0], paired=twin is not None)
+    observer.fold(whole, {}, by.data, how, by.options, by.progress, [{group.name: seen}], twin)
+    return seen.drift
+
+
+def say(plan: Plan, taken: Sequence[Taken]) -> None:
+    """Put into the verdicts of a Plan what its layers lost."""
+    for one in taken:
+        for verdict in [plan.nodes[name] for name in one.rewrite.layers if name in plan.nodes]:
+            plan.nodes[verdict.node] = replace(verdict, reason=f"{verdict.reason}; {one.reason()}")
+
+
+def notice(taken: Sequence[Taken]) -> str:
+    """For the report."""
+    if not taken:
+        return ("no channels can be taken out: no layer reads what layers alone make, with nothing between but what "
+                "works channel by channel")
+    gone = sum(one.rewrite.channels - len(one.rewrite.kept) for one in taken)
+    of, many = sum(one.rewrite.channels for one in taken), len(taken)
+    return f"{gone} of {of} channels are taken out, at {many} tensor{'s' * (many > 1)}"
+
+
+def check(plan: Plan, graph: Graph) -> None:
+    """Whether the tensors that a Plan narrows are those of a graph. Raises UsageError when they are not."""
+    nodes = {n.name: n for n in graph.nodes}
+    for one in plan.narrowed.values():
+        layers = [nodes.get(name) for name in one.layers]
+        wrong = next((name for name, n in zip(one.layers, layers, strict=True)
+                      if n is None or n.inputs[0].name != one.tensor), None)
+        if wrong is None and region(graph, nodes[one.layers[0]].inputs[0], frozenset(one.layers), one.channels,
+                                    one.axis) is not None:
+            continue
+        raise UsageError(f"the plan was made for another model: {wrong or one.layers[0]!r} does not read "
+                         f"{one.channels} channels of {one.tensor!r} in this one; make a plan of this model with "
+                         "--save-plan DIR")
 
 
 def _count(channels: int, share: float) -> int:
@@ -82,14 +127,15 @@ def _count(channels: int, share: float) -> int:
     return channels - left
 
 
-def _removed(graph: Graph, group: Group, hessian: npt.NDArray[np.float64], count: int) -> tuple[Narrowed, float]:
+def _removed(graph: Graph, group: Group, drift: Drift, count: int) -> Taken:
     view = group.views[0]
     weights = [_matrix(node, finite(graph, node.inputs[1], node)) for node in group.layers]
-    found = remove(np.concatenate(weights, axis=1), hessian, count, view.repeat)
+    aim = drift.target(np.concatenate(weights, axis=1), DAMPING)
+    found = remove(aim, drift.hessian(), count, view.repeat)
     parts = np.split(found.weight, np.cumsum([w.shape[1] for w in weights])[:-1], axis=1)
     shaped = tuple(_shaped(part, node, view) for part, node in zip(parts, group.layers, strict=True))
     names = tuple(n.name for n in group.layers)
-    return Narrowed(group.name, names, group.axis, group.channels, found.kept, shaped), found.error
+    return Taken(Narrowed(group.name, names, group.axis, group.channels, found.kept, shaped), found.error)
 
 
 def _matrix(node: Node, weight: Floats) -> Floats:

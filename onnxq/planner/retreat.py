@@ -14,7 +14,7 @@ def all_float(plan: Plan, reason: str) -> Plan:
     return Plan(plan.scheme, plan.target, {
         n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int or n.scheme == STORED else n
         for n in plan.nodes.values()}, added=dict(plan.added), maskings=dict(plan.maskings),
-        pruned=dict(plan.pruned))
+        pruned=dict(plan.pruned), narrowed=dict(plan.narrowed))
 
 
 def without_masks(plan: Plan) -> Plan:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.graph import Graph, Node
-from onnxq.numerics import affine, rounding
+from onnxq.numerics import affine, outliers, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.rounding import Hessian
 from onnxq.numerics.sampling import View
@@ -92,12 +92,12 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
         params = QuantParams(params.scale, params.zero_point, params.dtype, None if params.axis is None else 1)
     first, second = (half.result()[np.ix_(order, order)] for half in (seen, unseen))
     nearest = affine.quantize(values, params)
-    kept = values != 0 if plan.pruned else None
-    tried = _search(values, first, params, pairs, kept)
+    limits = _limits(values, params, plan.widths.get(weight.name), bool(plan.pruned))
+    tried = _search(values, first, params, pairs, limits)
     before, after = (rounding.output_error(values, codes, params, second).sum() for codes in (nearest, tried))
     if not after < _BETTER * before:
         return None
-    codes = _search(values, first + second, params, pairs, kept)
+    codes = _search(values, first + second, params, pairs, limits)
     if task.node.op == "Conv":
         back = np.empty_like(codes)
         back[order] = codes
@@ -106,5 +106,13 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
 
 
 def _search(values: npt.NDArray[np.float32], hessian: npt.NDArray[np.float64], params: QuantParams,
-            pairs: bool, kept: npt.NDArray[np.bool_] | None) -> Codes:
-    return np.asarray(rounding.gptq(values, hessian, params, _DAMPING, pairs=pairs, kept=kept), np.int8)
+            pairs: bool, limits: Codes | None) -> Codes:
+    return np.asarray(rounding.gptq(values, hessian, params, _DAMPING, pairs=pairs, limits=limits), np.int8)
+
+
+def _limits(values: npt.NDArray[np.float32], params: QuantParams, bits: int | None, pruned: bool) -> Codes | None:
+    """How large codes may be: what was pruned stays 0, and but for what is protected all fit `bits`."""
+    if bits is None and not pruned:
+        return None
+    limits = np.full(values.shape, 127, np.int8) if bits is None else outliers.limits(values, params, bits)
+    return np.where(values == 0, np.int8(0), limits) if pruned else limits

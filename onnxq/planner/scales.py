@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from onnxq.errors import ModelError
 from onnxq.graph import Graph, Node, Tensor
-from onnxq.numerics import affine
+from onnxq.numerics import affine, outliers
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import INT8, by_name
 from onnxq.plan import NodePlan, Plan
@@ -98,10 +98,13 @@ def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> 
             if spec is not None and weight.name not in plan.weights:
                 values = finite(graph, weight, node)
                 paired = target.saturates and verdict is not None and verdict.is_int
-                plan.weights[weight.name] = affine.weight_params(
-                    values, channel_axis(node, index, values.ndim),
-                    INT8 if spec.granularity == "block" else by_name(spec.dtype),
-                    least=_largest_pairs(node, values, target) if paired else 0.0)
+                axis, least = channel_axis(node, index, values.ndim), 0.0
+                pairs = _largest_pairs(node, values, target) if paired else least
+                plan.weights[weight.name] = (
+                    affine.weight_params(values, axis, INT8, least=pairs) if spec.bits is None else
+                    outliers.choose(values, axis, spec.bits, spec.fraction, spec.sigma_factor, pairs))
+                if spec.bits is not None:
+                    plan.widths[weight.name] = spec.bits
 
 
 def _largest_pairs(node: Node, values: npt.NDArray[np.float32], target: Target) -> npt.NDArray[np.float64]:
@@ -129,6 +132,8 @@ def weight_params(node: Node, values: npt.NDArray[np.float32], scheme: Scheme, t
     assert spec is not None
     axis = (0 if node.op == "Conv" or index == 0 else values.ndim - 1) if spec.granularity == "channel" else None
     pairs = _largest_pairs(node, values, target) if target.saturates else np.zeros(1)
+    if spec.bits is not None and axis is not None:
+        return outliers.choose(values, axis, spec.bits, spec.fraction, spec.sigma_factor, pairs)
     return affine.weight_params(values, axis, by_name(spec.dtype), least=pairs if axis is not None else pairs.max())
 
 
@@ -149,6 +154,8 @@ def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Rec
         two_levels.begin(plan, weight.name, finite(graph, weight, node), recipe.scheme.weights)
     elif weight.name not in plan.weights:
         plan.weights[weight.name] = weight_params(node, finite(graph, weight, node), recipe.scheme, target, index)
+        if recipe.scheme.weights is not None and recipe.scheme.weights.bits is not None:
+            plan.widths[weight.name] = recipe.scheme.weights.bits
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")

@@ -1,0 +1,172 @@
+"""Channels that are taken out: with all that makes and reads them, and others making up for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from conftest import Opener, make_model, node, random, run
+from lowering_support import CPU, MODELS, canonical
+
+import onnxq
+from onnxq import Plan
+from onnxq.errors import RecipeError, UsageError
+from onnxq.graph import save, shape_of
+from onnxq.passes.manager import Context
+from onnxq.passes.transform.remove_channels import RemoveChannels
+from onnxq.plan import Narrowed
+from onnxq.planner import narrowing
+from onnxq.sparsity import Sparsity
+
+C = 64
+Array = np.ndarray[Any, Any]
+
+
+def gated() -> onnx.ModelProto:
+    """x [n, 24] -> silu(x g + b) * (x u) w."""
+    stored = {"g": random(24, C), "u": random(24, C, seed=1), "w": random(C, 12, seed=2), "b": random(C, seed=3)}
+    nodes = [node("MatMul", "x g", "h"), node("Add", "h b", "a"), node("Sigmoid", "a", "s"), node("Mul", "a s", "k"),
+             node("MatMul", "x u", "v"), node("Mul", "k v", "t"), node("MatMul", "t w", "y", name="down")]
+    return make_model(nodes, {"x": ["n", 24]}, {"y": ["n", 12]}, stored)
+
+
+def convs(groups: int = 1) -> onnx.ModelProto:
+    """x [n, 3, 10, 10] through a Conv, a Relu, a depthwise Conv, a pool and a scale per channel to a last Conv."""
+    stored = {"a": random(C, 3, 3, 3), "b": random(C, seed=1), "d": random(C, 1, 3, 3, seed=2),
+              "e": random(C, seed=3), "g": random(1, C, 1, 1, seed=4), "w": random(8, C // groups, 2, 2, seed=5)}
+    nodes = [node("Conv", "x a b", "h", name="first"), node("Relu", "h", "r"),
+             node("Conv", "r d e", "q", name="depthwise", group=C),
+             node("MaxPool", "q", "p", kernel_shape=[2, 2], strides=[2, 2]), node("Mul", "p g", "t"),
+             node("Conv", "t w", "y", name="last", group=groups)]
+    return make_model(nodes, {"x": ["n", 3, 10, 10]}, {"y": ["n", 8, 2, 2]}, stored)
+
+
+FEEDS = {"gated": ("x", (64, 24)), "convs": ("x", (16, 3, 10, 10))}
+FORMS = {"gated": (gated, "down", -1, 1), "convs": (convs, "last", 1, 4)}
+
+
+def kept_only(form: str, kept: Array) -> onnx.ModelProto:
+    """The model with the weights of other channels 0 in the layer that reads them."""
+    model = FORMS[form][0]()
+    for one in model.graph.initializer:
+        if one.name == "w":
+            values = onnx.numpy_helper.to_array(one).copy()
+            gone = np.setdiff1d(np.arange(C), kept)
+            values[(gone,) if form == "gated" else (slice(None), gone)] = 0
+            one.CopyFrom(onnx.numpy_helper.from_array(values, "w"))
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_others_compute_what_they_did(opened: Opener, form: str, tmp_path: Path) -> None:
+    make, layer, axis, _ = FORMS[form]
+    kept = np.sort(np.random.default_rng(0).choice(C, 40, replace=False))
+    graph = canonical(opened(make()))
+    [last] = [n for n in graph.nodes if n.name == layer]
+    weight = np.asarray(graph.read(last.inputs[1]))
+    narrow = Narrowed(last.inputs[0].name, (layer,), axis, C, kept, (weight.take(kept, axis=0 if axis < 0 else 1),))
+    context = Context(CPU, Plan("", "", narrowed={narrow.tensor: narrow}))
+    assert RemoveChannels().run(graph, context)
+    assert not RemoveChannels().run(graph, context), "a second run edits nothing"
+    save(graph, tmp_path / "narrow.onnx")
+    onnx.checker.check_model(str(tmp_path / "narrow.onnx"), full_check=True)
+    name, shape = FEEDS[form]
+    x = random(*shape, seed=9)
+    np.testing.assert_allclose(run(tmp_path / "narrow.onnx", {name: x})["y"], run(kept_only(form, kept), {name: x})["y"],
+                               rtol=0, atol=1e-4)
+    assert {40, C} & {d for n in graph.nodes for t in n.outputs for d in shape_of(t) or ()} == {40}
+
+
+def test_what_is_read_elsewhere_or_spared_is_no_candidate(opened: Opener) -> None:
+    graph = canonical(opened(gated()))
+    assert [group.name for group in narrowing.candidates(graph, frozenset())] == ["t"]
+    assert narrowing.candidates(graph, frozenset({"down"})) == []
+    assert narrowing.candidates(graph, frozenset({"MatMul_v"})) == [], "a layer above is to stay"
+    seen = gated()
+    seen.graph.output.append(onnx.helper.make_empty_tensor_value_info("k"))
+    assert narrowing.candidates(canonical(opened(seen)), frozenset()) == []
+    # the last Conv sees a part of the channels; the depthwise one is no layer that channels are taken from
+    assert [g.name for g in narrowing.candidates(canonical(opened(convs(groups=2))), frozenset())] == []
+    names = [g.name for g in narrowing.candidates(canonical(opened(convs())), frozenset())]
+    assert len(names) == 1
+
+
+@pytest.mark.parametrize(("channels", "share", "left"), [
+    (64, 0.25, 48), (64, 0.3, 48), (64, 0.01, 64), (1536, 0.25, 1152), (10, 0.5, 5), (16, 0.25, 12), (20, 0.1, 20),
+    (3, 0.99, 1)])
+def test_what_stays_fills_lanes(channels: int, share: float, left: int) -> None:
+    assert channels - narrowing._count(channels, share) == left
+
+
+def saved(folder: Path, form: str) -> tuple[Path, Path]:
+    name, shape = FEEDS[form]
+    onnx.save(FORMS[form][0](), folder / "m.onnx")
+    few = random(shape[0], 4, seed=5) @ random(4, int(np.prod(shape[1:])), seed=6)
+    np.savez(folder / "calib.npz", **{name: few.reshape(shape) + 0.1 * random(*shape, seed=7)})
+    return folder / "m.onnx", folder / "calib.npz"
+
+
+@pytest.mark.parametrize("scheme", ["float", "w8a8", "w8a8-dynamic", "w4a16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_half_the_channels_go_and_little_is_lost(tmp_path: Path, form: str, scheme: str) -> None:
+    """Inputs of four dimensions: what they make takes few channels."""
+    model, calib = saved(tmp_path, form)
+    report = onnxq.compile(model, tmp_path / "q.onnx", scheme=scheme, calib=str(calib), prune_channels="50%",
+                           measure=False, save_plan=tmp_path / "plan")
+    assert report.ok, report.verdict.failures
+    plan = Plan.load(tmp_path / "plan")
+    [one] = plan.narrowed.values()
+    assert (one.channels, len(one.kept)) == (C, 32)
+    assert [w.shape[0 if form == "gated" else 1] for w in one.weights] == [32]
+    [row] = [n for n in report.nodes if n.name == FORMS[form][1]]
+    assert "32 of the 64 channels of its input are taken out" in row.reason
+    assert "32 of 64 channels are taken out, at 1 tensor" in report.verdict.notices
+    x = np.load(calib)["x"]
+    before, after = (run(path, {"x": x}, optimize=True)["y"] for path in (model, tmp_path / "q.onnx"))
+    assert np.square(after - before).sum() < 0.02 * np.square(before).sum()
+    onnxq.compile(model, tmp_path / "b.onnx", plan=tmp_path / "plan", measure=False, prune_channels="50%")
+    assert (tmp_path / "q.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    model, calib = saved(tmp_path, "gated")
+    onnxq.compile(model, tmp_path / "q.onnx", scheme="float", calib=str(calib), prune_channels="25%", measure=False,
+                  save_plan=tmp_path / "plan")
+    other = gated()
+    for one in other.graph.node:
+        one.input[:] = ["k" if name == "t" and one.name == "down" else name for name in one.input]
+    onnx.save(other, tmp_path / "other.onnx")
+    with pytest.raises(UsageError, match=r"'down' does not read 64 channels of 't' in this one"):
+        onnxq.compile(tmp_path / "other.onnx", tmp_path / "o.onnx", plan=tmp_path / "plan", measure=False)
+
+
+def test_nothing_to_take_out_is_said(tmp_path: Path) -> None:
+    onnx.save(make_model([node("MatMul", "x w", "y")], {"x": ["n", 32]}, {"y": ["n", 32]}, {"w": random(32, 32)}),
+              tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", x=random(8, 32))
+    report = onnxq.compile(tmp_path / "m.onnx", tmp_path / "q.onnx", scheme="w8a8-dynamic", measure=False,
+                           calib=str(tmp_path / "calib.npz"), prune_channels="25%")
+    assert any(said.startswith("no channels can be taken out: no layer reads") for said in report.verdict.notices)
+
+
+def test_data_are_needed_and_a_share_is_one(tmp_path: Path) -> None:
+    model, _ = saved(tmp_path, "gated")
+    with pytest.raises(UsageError, match="for which others make up; give --calib DATA"):
+        onnxq.compile(model, tmp_path / "q.onnx", scheme="float", prune_channels="25%", measure=False)
+    with pytest.raises(RecipeError, match=r"sparsity\.channels: '150%' is no share of channels"):
+        Sparsity(channels="150%")
+
+
+def test_the_projects_encoder_is_faster_by_products_that_are_gone(tmp_path: Path) -> None:
+    """By their count, not by time: fewer weights, and outputs still alike."""
+    folder = MODELS / "text_encoder"
+    report = onnxq.compile(folder / "model.onnx", tmp_path / "q.onnx", scheme="float", calib=str(folder / "calib.npz"),
+                           prune_channels="25%", measure=False)
+    assert report.ok, report.verdict.failures
+    assert report.size is not None
+    assert report.size.ratio < 0.95
+    assert report.accuracy is not None
+    assert all(one.cosine > 0.9 for one in report.accuracy.outputs.values())
