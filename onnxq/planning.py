@@ -41,6 +41,7 @@ from onnxq.planner import (
     smoothing,
     ties,
     two_levels,
+    widths,
 )
 from onnxq.planner.bit_costs import Seeing
 from onnxq.planner.composites import normalises_rows
@@ -59,6 +60,7 @@ from onnxq.planner.smoothing import Searching, Smoothed
 from onnxq.progress import Progress
 from onnxq.recipe import SQNR, Fallback, Recipe
 from onnxq.runtime.session import SessionOptions
+from onnxq.schemes import TensorSpec
 from onnxq.spool import Spool
 from onnxq.targets import Target
 
@@ -87,6 +89,7 @@ class Planning:
         self.sensitive: dict[str, str] | None = None  # layers that stay float, with the reason; once they are ranked
         self.output_format = output_format or target.format
         self.tied: Mapping[str, str] | None = None  # tables and the layers' weights that are their transposes
+        self.widths: dict[str, TensorSpec] | None = None  # weights whose codes fit other bits than the recipe's
         self.mixed: MixedBits | None = None
         self.chosen: Mapping[str, Chosen] = {}  # layers whose weights have other formats than the recipe's
         self.notices: list[str] = []
@@ -106,7 +109,9 @@ class Planning:
             self.sensitive = self._rank()
         known, found = dict(self.escaped), self._outlined(measured)
         self._observe(found)
-        if self.recipe.bits.are_chosen:
+        if self.recipe.bits.are_chosen and not self.recipe.scheme.is_weight_only:
+            self._choose_widths(found)
+        elif self.recipe.bits.are_chosen:
             measured = self._choose_bits(measured)
             found = self._outlined(measured)
         return self._finished(found if self.escaped == known else self._outlined(measured))
@@ -139,6 +144,18 @@ class Planning:
         self.notices.append(self.mixed.notice)
         return measured
 
+    def _choose_widths(self, found: Outline) -> None:
+        """Choose, once, how many bits the codes of each int8 weight fit."""
+        if self.widths is not None:
+            return
+        self.widths = {}
+        dense = self._file_bytes(self._finished(found))
+        with self.stage("choose bits"):
+            by = Seeing(self.calib, self.recipe.calibration, self.options) if self.calib is not None else None
+            self.used_data |= by is not None
+            self.widths, said = widths.choose(self.graph, found, self.recipe, dense, by, self.progress)
+        self.notices.append(said)
+
     def _file_bytes(self, plan: Plan) -> int:
         """What the model that a Plan makes takes on disk, with what is noted in it."""
         graph, context = self.graph_for(plan), Context(self.target, plan)
@@ -151,7 +168,7 @@ class Planning:
     def _finished(self, found: Outline) -> Plan:
         assert self.hiding is not None
         with self.stage("scales"):
-            plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
+            plan = finish(found, self.graph, self.ranges, self.recipe, self.target, self.widths or {})
         smoothing.use(plan, self.smoothed or {})
         before = self._before_scaling()
         plan.narrowed, plan.pruned = before.narrowed, before.pruned

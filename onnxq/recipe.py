@@ -283,7 +283,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what is not known, and for bits to choose or zeros that the scheme has no use for."""
-        if self.bits.are_chosen and not self.scheme.is_weight_only:
+        narrow = self.scheme.weights is not None and self.scheme.weights.bits is not None
+        if self.bits.are_chosen and not self.scheme.is_weight_only and not narrow:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
         if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):

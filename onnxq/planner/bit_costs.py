@@ -19,12 +19,12 @@ from onnxq import language
 from onnxq.calibration import observer
 from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, port_of, shape_of
-from onnxq.numerics import affine, blocks
+from onnxq.numerics import affine, blocks, outliers
 from onnxq.numerics.comparison import Comparison
 from onnxq.numerics.divergence import Divergence
 from onnxq.numerics.dtypes import by_name
 from onnxq.numerics.rounding import Hessian
-from onnxq.passes.blocks import inputs_first, matrix_shape
+from onnxq.passes.blocks import inputs_first, matrix, matrix_shape
 from onnxq.planner import hessians
 from onnxq.planner.weight_only import LINEAR, axis, weight_of
 from onnxq.progress import Progress
@@ -189,13 +189,16 @@ def _power(x: Floats, hessian: npt.NDArray[np.float64] | None) -> float:
 
 
 def _inputs_first(graph: Graph, weight: Weight) -> Floats:
-    return inputs_first(np.asarray(graph.read(weight.tensor), np.float32), weight.axis)
+    return inputs_first(np.asarray(matrix(graph, weight.tensor), np.float32), weight.axis)
 
 
 def _decoded(values: Floats, spec: TensorSpec) -> Floats:
     """What a weight [K, N] becomes; ranges of 2 bits are searched, or outliers would decide on them."""
-    assert spec.block_size is not None
     dtype = by_name(spec.dtype)
+    if spec.block_size is None:
+        params = (affine.weight_params(values, 1, dtype) if spec.bits is None else
+                  outliers.choose(values, 1, spec.bits, spec.fraction, spec.sigma_factor))
+        return affine.dequantize(affine.quantize(values, params), params)
     params = blocks.choose(values, dtype, spec.block_size, spec.symmetric, "mse" if dtype.bits == 2 else "absmax")
     return affine.dequantize(affine.quantize(values, params), params)
 
@@ -206,7 +209,7 @@ def _decoded(values: Floats, spec: TensorSpec) -> Floats:
 def _probe(formats: Sequence[TensorSpec]) -> int:
     """The coarsest format of 4 bits or more: what is left of 2 bits is no small change any more, of 8 hardly one."""
     def coarseness(k: int) -> tuple[bool, int, int]:
-        bits = by_name(formats[k].dtype).bits
+        bits = formats[k].bits or by_name(formats[k].dtype).bits
         return bits < 4, bits, -(formats[k].block_size or 0)
 
     return min(range(len(formats)), key=coarseness)
@@ -256,9 +259,10 @@ def _quantized(graph: Graph, weight: Weight, spec: TensorSpec) -> Graph:
 
     def compute() -> Floats:
         values = _decoded(_inputs_first(graph, weight), spec)
-        return np.ascontiguousarray(values.T if weight.axis else values)
+        return np.ascontiguousarray(values.T if weight.axis else values).reshape(dims)
 
-    made = copy.computed(f"{weight.name}.probe", np.float32, weight.shape, compute)
+    dims = [int(d or 0) for d in shape_of(weight.tensor) or ()]
+    made = copy.computed(f"{weight.name}.probe", np.float32, dims, compute)
     names = {node.name for _, node in weight.readers}
     for node, holder in list(copy.walk()):
         if node.name in names:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +27,10 @@ COARSER = 2.0  # one bit of what is joined
 
 
 def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float]], recipe: Recipe,
-           target: Target) -> Plan:
+           target: Target, widths: Mapping[str, TensorSpec] = MappingProxyType({})) -> Plan:
     """Decide scales: activations from `ranges` (tensor -> (min, max)), weights from their values, one at a time.
+
+    `widths` maps a weight to another format than the recipe's.
 
     Raises ModelError when a weight holds NaN or infinities.
     """
@@ -41,8 +45,9 @@ def finish(found: Outline, graph: Graph, ranges: Mapping[str, tuple[float, float
     plan.ties = dict(found.ties)
     for verdict in plan.quantized():
         if verdict.weight is not None and verdict.weight not in found.formats:
-            _weight(nodes[verdict.node], verdict, graph, plan, recipe, target)
-    stored_weights(graph, plan, recipe, target)
+            own = replace(recipe.scheme, weights=widths.get(verdict.weight, recipe.scheme.weights))
+            _weight(nodes[verdict.node], verdict, graph, plan, own, target)
+    stored_weights(graph, plan, recipe.scheme, target, widths)
     return plan
 
 
@@ -86,15 +91,16 @@ def _share_in_concats(found: Outline, plan: Plan) -> None:
             taken.add(name)
 
 
-def stored_weights(graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
+def stored_weights(graph: Graph, plan: Plan, scheme: Scheme, target: Target,
+                   widths: Mapping[str, TensorSpec] = MappingProxyType({})) -> None:
     """Decide the scales of weights that are stored as codes and decoded, and of an LSTM that runs on codes.
 
     Raises ModelError for NaN or infinities.
     """
-    spec = recipe.scheme.weights
     for node, _ in graph.walk():
         verdict = plan.node(node.name)
         for index, weight in stored_by(node, verdict):
+            spec = widths.get(weight.name, scheme.weights)
             if spec is not None and weight.name not in plan.weights:
                 values = finite(graph, weight, node)
                 paired = target.saturates and verdict is not None and verdict.is_int
@@ -146,16 +152,17 @@ def finite(graph: Graph, weight: Tensor, node: Node) -> npt.NDArray[np.float32]:
     return values
 
 
-def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, recipe: Recipe, target: Target) -> None:
+def _weight(node: Node, verdict: NodePlan, graph: Graph, plan: Plan, scheme: Scheme, target: Target) -> None:
     index = next(k for k, t in enumerate(node.inputs) if t.name == verdict.weight)
     weight = node.inputs[index]
-    if weight.name not in plan.weights and recipe.scheme.has_two_levels:
-        assert recipe.scheme.weights is not None
-        two_levels.begin(plan, weight.name, finite(graph, weight, node), recipe.scheme.weights)
+    spec = scheme.weights
+    assert spec is not None
+    if weight.name not in plan.weights and scheme.has_two_levels:
+        two_levels.begin(plan, weight.name, finite(graph, weight, node), spec)
     elif weight.name not in plan.weights:
-        plan.weights[weight.name] = weight_params(node, finite(graph, weight, node), recipe.scheme, target, index)
-        if recipe.scheme.weights is not None and recipe.scheme.weights.bits is not None:
-            plan.widths[weight.name] = recipe.scheme.weights.bits
+        plan.weights[weight.name] = weight_params(node, finite(graph, weight, node), scheme, target, index)
+        if spec.bits is not None:
+            plan.widths[weight.name] = spec.bits
     bias = graph.optional_input(node, 2)  # of Conv and Gemm; a MatMul has two inputs
     if bias is not None and not np.isfinite(graph.read(bias)).all():
         raise ModelError(f"the bias {bias.name!r} of {node.name} holds NaN or infinite values; export the model again")
