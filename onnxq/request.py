@@ -129,14 +129,15 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
         raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
     if request.model.exists():  # loading says what is wrong with a model that does not
-        _check_output(request, force)
+        check_output(request.model, request.output, force)
 
 
-def _check_output(request: Request, force: bool) -> None:
-    output, folder = request.output, request.output.parent
+def check_output(model: Path, output: Path, force: bool) -> None:
+    """Refuse a file that can't be written or may not be replaced. Raises OutputError and UsageError."""
+    folder = output.parent
     if output.is_dir():
         raise OutputError(f"{output} is a folder; name the file to write, e.g. -o {output / 'model.onnx'}")
-    if output.exists() and output.samefile(request.model):
+    if output.exists() and output.samefile(model):
         raise UsageError("the result would replace the model itself; choose another -o")
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to replace it, or another -o")

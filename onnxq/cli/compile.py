@@ -11,6 +11,7 @@ from onnxq.cli.options import (
     DATA,
     POSITIVE,
     debug_option,
+    force_option,
     group_size_option,
     json_option,
     max_drop_option,
@@ -30,7 +31,7 @@ from onnxq.targets import TARGETS
 @click.command("compile", short_help="Make a model smaller and faster, and report on it.")
 @click.argument("model", required=False, metavar="MODEL")
 @click.option("-o", "--output", metavar="OUT", help="The file to write.  [default: MODEL.SCHEME.onnx beside the model]")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@force_option
 @click.option("--scheme", metavar="NAME",
               help="A named scheme; onnxq schemes lists them.  [default: auto, which is w8a8 with --calib; "
                    "without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")

@@ -15,6 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import OutputError
+from onnxq.graph.decoders import PACKED, decoder
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
 from onnxq.graph.parse import GRAPH, INITIALIZER, RAW_DATA, field
@@ -90,6 +91,8 @@ def outline(graph: Graph) -> onnx.ModelProto:
         for tensor, values in held:
             tensor._values = values
     model.MergeFrom(graph.header)
+    used = {n.op_type for n in model.graph.node if n.domain == PACKED}
+    model.functions.extend(decoder(name, graph.opset) for name in sorted(used))
     for node in [n for g in with_bodies(model.graph) for n in g.node]:
         extra = graph.extras.get(node.name)
         if extra is None:
@@ -122,6 +125,11 @@ def file_bytes(graph: Graph) -> int:
 def _is_apart(tensor: gs.Constant) -> bool:
     """Whether values are written by `_Weights`: large ones, and those that the graph library can't export."""
     return not is_text(tensor) and (nbytes(tensor) >= EXTERNAL_SMALLEST or is_made(tensor) or is_outside(tensor))
+
+
+def constants(graph: Graph) -> list[gs.Constant]:
+    """Every constant that a node reads or that is an output, bodies included, each name once."""
+    return list({t.name: t for t in constants_of(graph.ir)}.values())
 
 
 def constants_of(ir: gs.Graph) -> Iterator[gs.Constant]:
