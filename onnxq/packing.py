@@ -35,8 +35,8 @@ def pack(model: str | Path, output: str | Path | None = None, *, load_memory: in
     """Write a model whose constants of int8, uint8 and float32 are packed where that makes them smaller.
 
     `load_memory` ("500MB", or bytes) bounds the estimated peak of loading it; by default the model may take 2.5 times
-    as much over an empty process as it takes dense. The result is read again: every weight has to come back bit for
-    bit, and onnxruntime's optimized graph has to have the operators of the dense model's.
+    as much over an empty process as it takes dense, or 16 MB if that is more. The result is read again: every weight
+    has to come back bit for bit, and onnxruntime's optimized graph has to have the operators of the dense model's.
     `output` is MODEL.packed.onnx beside the model where it isn't given. Raises UsageError for a wrong call,
     OutputError for a file that can't be written, and ModelError when a check fails.
     """

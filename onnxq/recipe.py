@@ -230,10 +230,7 @@ class Bits:
         if self.target is not None and not 0 < self.target < math.inf:
             raise RecipeError(f"bits.target: {self.target:g} bits hold no weight; give a number above 0, such as 4.5")
         if self.max_size is not None:
-            try:
-                sizes.parse(self.max_size)
-            except UsageError as e:
-                raise RecipeError(f"bits.max_size: {e}") from None
+            _size("bits.max_size", self.max_size)
         for k, name in enumerate(self.choices):
             if name not in weight_only_names():
                 raise RecipeError(f"bits.choices[{k}]: {name!r} is no scheme of weights in blocks; use some of "
@@ -262,7 +259,8 @@ class Recipe:
 
     attention: float, or int8 for its products of computed tensors (Q K^T and P V), where it measures faster; Softmax
     stays float. rounding: of weights; auto (GPTQ where it keeps a layer's results better on data that it has not seen)
-    or nearest.
+    or nearest. pack: whether weights are stored in fewer bytes, to be decoded as the runtime loads the model;
+    load_memory: what that may take, such as 500MB, by estimate (None: see --load-memory).
     """
 
     scheme: Scheme
@@ -278,12 +276,18 @@ class Recipe:
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
     bits: Bits = Bits()
+    pack: bool = False
+    load_memory: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what is not known, and for bits to choose in a scheme that has no blocks."""
         if self.bits.are_chosen and not self.scheme.is_weight_only:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
+        if self.load_memory is not None:
+            _size("load_memory", self.load_memory)
+        if self.load_memory is not None and not self.pack:
+            raise RecipeError("load_memory: nothing is packed; give --pack, or `pack: true` beside it")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:
@@ -296,6 +300,14 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` turns into an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=110)
+
+
+def _size(key: str, text: str) -> None:
+    """Raises RecipeError naming the key where its text is no size."""
+    try:
+        sizes.parse(text)
+    except UsageError as e:
+        raise RecipeError(f"{key}: {e}") from None
 
 
 def read(path: str | Path) -> Recipe:

@@ -13,7 +13,7 @@ from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
-from onnxq.passes.pack import pack
+from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.smooth import Smooth
@@ -64,7 +64,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
-            max_size: str | None = None) -> Recipe:
+            max_size: str | None = None, pack: bool | None = None, load_memory: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
@@ -91,6 +91,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
     return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
+                   pack=chosen.pack if pack is None else pack, load_memory=load_memory or chosen.load_memory,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
@@ -149,4 +150,5 @@ def check_output(model: Path, output: Path, force: bool) -> None:
 
 
 def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format), *pack())]
+    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format),
+                               *pack_passes())]

@@ -14,6 +14,7 @@ from onnxq.cli.options import (
     force_option,
     group_size_option,
     json_option,
+    load_memory_option,
     max_drop_option,
     metric_option,
     quiet_option,
@@ -66,6 +67,10 @@ from onnxq.targets import TARGETS
               help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
                    "scales, more where they matter.")
 @click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
+@click.option("--pack/--no-pack", default=None,
+              help="Store weights in fewer bytes, to be decoded as the model is loaded: it runs as fast as without, "
+                   "and loads more slowly; see onnxq pack.  [default: no, or the recipe's]")
+@load_memory_option
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
@@ -102,6 +107,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
       onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
+      onnxq compile model.onnx --scheme w8a8-dynamic --pack --load-memory 500MB
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
@@ -115,7 +121,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
-                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback")
+                 "symmetric", "target_bits", "max_size", "pack", "load_memory", "metric", "max_drop", "keep_float",
+                 "fallback")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

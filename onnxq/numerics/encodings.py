@@ -116,6 +116,12 @@ class Outline:
         return (self.name, *(name for names in inner for name in names))
 
     @property
+    def paths(self) -> list[str]:
+        """Names of all parts, those of a part behind its own and a dot."""
+        return [path for name, part in self.parts.items()
+                for path in (name, *(f"{name}.{p}" for p in (part.paths if isinstance(part, Outline) else ())))]
+
+    @property
     def count(self) -> int:
         """How many arrays are stored."""
         return sum(part.count if isinstance(part, Outline) else 1 for part in self.parts.values())

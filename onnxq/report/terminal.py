@@ -42,6 +42,8 @@ def summary(report: Report, details: str = "--report DIR or --json") -> str:
             _line(console, note, "dim")
         _groups(console, report, details)
         _layers(console, report)
+        for text in packing.summary(report.packing) if report.packing is not None else ():
+            _line(console, text, "dim")
 
     return _text(draw)
 

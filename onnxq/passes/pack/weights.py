@@ -14,7 +14,9 @@ from onnxq.numerics.encoding_choice import BASE, Choice, choices, choose, peak
 from onnxq.passes.manager import Context, Packed, Packing, Pass
 
 OPSET = 21  # the first in which Cast takes 4 bits
-TIMES_DENSE = 2.5  # of what a dense model takes over an empty process; a load then takes less than 3 times as long
+# What a model may take over an empty process, times what it takes dense, or this many bytes, if they are more. By the
+# first a load takes less than 3 times as long as the dense model's.
+TIMES_DENSE, ANYHOW = 2.5, 16_000_000
 _TYPES = ("int8", "uint8", "float32")
 _UNLIMITED = 1 << 62
 _NODE_BYTES = 80  # a node that decodes and what declares its arrays, besides their names
@@ -25,9 +27,9 @@ class PackWeights(Pass):
     """w (constant) -> onnxq.packed.DECODER(arrays) -> w, for weights that an encoding makes smaller.
 
     Which encoding is by size, so that the peak of loading, as onnxq.numerics.encoding_choice estimates it, stays within
-    `load_memory` bytes (None: over an empty process 2.5 times what the model takes as it is). Weights are read one by
-    one. A decoder is a model-local function of standard operators; the runtime computes it when the model is loaded and
-    is left with w.
+    `load_memory` bytes (None: over an empty process 2.5 times what the model takes as it is, or 16 MB). Weights are
+    read one by one. A decoder is a model-local function of standard operators; the runtime computes it when the model
+    is loaded and is left with w.
     """
 
     name: ClassVar[str] = "pack-weights"
@@ -39,7 +41,7 @@ class PackWeights(Pass):
         weights = self._weights(graph)
         found = [_rated(graph, weight) for weight in weights]
         dense = sum(options[0].nbytes for options in found)
-        limit = self.load_memory or BASE + int(TIMES_DENSE * 2 * dense)
+        limit = self.load_memory or BASE + max(int(TIMES_DENSE * 2 * dense), ANYHOW)
         picked = _settled(found, limit - BASE - dense, graph.opset)
         smallest = _settled(found, _UNLIMITED, graph.opset)
         packed, shared = [], Shared()
@@ -68,6 +70,8 @@ def _rated(graph: Graph, weight: Tensor) -> list[Choice]:
     for choice in others:
         assert choice.outline is not None
         calls, arrays = len(choice.outline.names), choice.outline.count
+        if any(graph.has(f"{weight.name}.{path}") for path in choice.outline.paths):
+            continue
         more = (calls + arrays) * (_NODE_BYTES + 2 * len(weight.name))
         if choice.nbytes + more < dense.nbytes:
             rated.append(Choice(choice.form, choice.outline, choice.nbytes + more, choice.left, choice.held))
