@@ -46,7 +46,6 @@ def pack(model: str | Path, output: str | Path | None = None, *, load_memory: in
     bar.stage("load")
     graph = load(source)
     check_output(source, destination, force)
-    notices = []
     try:
         graph = raise_opset(graph, OPSET)
     except GraphError as e:
@@ -57,8 +56,13 @@ def pack(model: str | Path, output: str | Path | None = None, *, load_memory: in
     bar.stage("save")
     save(graph, destination)
     bar.stage("check")
-    _check_weights(source, destination)
-    notices += _check_kernels(source, destination)
+    try:
+        _check_weights(source, destination)
+        notices = _check_kernels(source, destination)
+    except ModelError:
+        for path in (destination, destination.with_name(f"{destination.name}.data")):
+            path.unlink(missing_ok=True)
+        raise
     return {"model": str(source), "output": str(destination), **plain(asdict(context.packing)),
             "size": {"dense": stored_bytes(source), "packed": stored_bytes(destination)}, "notices": notices}
 

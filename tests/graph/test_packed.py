@@ -1,4 +1,4 @@
-"""Packed weights in models that are loaded: dense constants again, computed as they are read, and nothing else of them."""
+"""Packed weights in models that are loaded: dense constants again, computed as they are read, and nothing else."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_one_decoder_for_several_weights_and_readers(tmp_path: Path) -> None:
     sparse = EXAMPLES["bitmap"].weight
     nodes = [node("Relu", "x", "r"), *(node("DynamicQuantizeMatMul", f"r {w} scale", y, domain="com.microsoft")
                                        for w, y in (("w", "a"), ("v", "b"), ("w", "c")))]
-    model = make_model(nodes, {"x": ["N", SHAPE[0]]}, {k: None for k in "abc"},
+    model = make_model(nodes, {"x": ["N", SHAPE[0]]}, dict.fromkeys("abc"),
                        {"w": sparse, "v": sparse[:, ::-1].copy(), "scale": np.float32(1)}, 21, CONTRIB, 10)
     onnx.save(model, tmp_path / "m.onnx")
     graph = load(tmp_path / "m.onnx")
@@ -78,8 +78,7 @@ def test_one_decoder_for_several_weights_and_readers(tmp_path: Path) -> None:
 def test_a_weight_in_a_body(tmp_path: Path) -> None:
     """It is decoded in the main graph, which the body sees."""
     weight = EXAMPLES["exceptions"].weight.astype(np.float32)
-    inner = [body([node("MatMul", f"x {w}", f"{w}_y")], {f"{w}_y": None}, w, {"w": weight} if w == "w" else {"v": weight})
-             for w in ("w", "v")]
+    inner = [body([node("MatMul", f"x {w}", f"{w}_y")], {f"{w}_y": None}, w, {w: weight}) for w in ("w", "v")]
     model = make_model([node("If", "c", "y", then_branch=inner[0], else_branch=inner[1])],
                        {"c": (TensorProto.BOOL, []), "x": [2, SHAPE[0]]}, {"y": None}, opset=21, ir_version=10)
     onnx.save(model, tmp_path / "m.onnx")

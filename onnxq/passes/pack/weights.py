@@ -49,7 +49,8 @@ class PackWeights(Pass):
             if choice.form is not None and choice.outline is not None:
                 values = graph.read(weight)
                 packed.append(Packed(weight.name, choice.outline.names, choice.outline.shape,
-                                     1 - np.count_nonzero(values) / values.size, values.nbytes, choice.outline.nbytes))
+                                     float(1 - np.count_nonzero(values) / values.size), values.nbytes,
+                                     choice.outline.nbytes))
                 pack_weight(graph, weight, choice.outline, choice.form.encode, shared)
         context.packing = Packing(tuple(packed), limit, BASE + 2 * dense, peak(picked, dense), _bytes(picked),
                                   _bytes(smallest), peak(smallest, dense))
