@@ -23,7 +23,8 @@ from onnxq.runtime.timings import TimingCache, default_folder
 from onnxq.schemes import scheme, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "pack", "unpack", "generate", "inspect", "explain", "schemes", "cache")
+COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "pack", "unpack", "generate", "inspect", "explain",
+            "schemes", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
              "sweep": ("onnxq.sweep", "sweep"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}

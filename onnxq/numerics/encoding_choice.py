@@ -161,10 +161,10 @@ def _forms(values: Array) -> Iterator[Form]:
     is_int8, flat = values.dtype == np.int8, np.ascontiguousarray(values).reshape(-1)
     codes = flat.view(f"u{flat.dtype.itemsize}")
     if is_int8:
-        yield Form("narrow", 4)
-        bits = _fewest_bits(flat)
-        if bits not in (4, 8):
-            yield Form("narrow", bits)
+        widths = _bytes_by_width(flat)
+        for bits in sorted({4, min(widths, key=lambda width: widths[width])}):
+            if widths[bits] < values.nbytes:
+                yield Form("narrow", bits)
     counts = np.bincount(codes, minlength=256) if codes.dtype == np.uint8 else None
     zeros = 1 - np.count_nonzero(codes) / codes.size
     different = len(np.flatnonzero(counts)) if counts is not None else len(np.unique(codes[:4096]))
@@ -177,21 +177,23 @@ def _forms(values: Array) -> Iterator[Form]:
             yield Form("gaps", 4)
     if zeros < _LOOKS_SPARSE or values.dtype == np.uint8:
         return
-    inner = {8, _fewest_bits(flat[codes != 0])} if is_int8 else {8}
+    inner = {8}
+    if is_int8:
+        widths = _bytes_by_width(flat[codes != 0])
+        inner.add(min(widths, key=lambda width: widths[width]))
     for width in sorted(inner, reverse=True):
         yield Form("bitmap", width)
         for pattern, axis in _patterns(values):
             yield Form("groups", width, pattern, axis)
 
 
-def _fewest_bits(codes: npt.NDArray[np.int8]) -> int:
-    """The width of planes that codes [n] take the fewest bytes in, with exceptions; 8 for none."""
+def _bytes_by_width(codes: npt.NDArray[np.int8]) -> dict[int, float]:
+    """About how many bytes codes [n] take in planes of each width, with exceptions, and as they are."""
     counts = np.bincount(codes.view(np.uint8), minlength=256)
     numbers = np.arange(256, dtype=np.uint8).view(np.int8)
     needed = {bits: codes.size * bits / 8 + _STEP_BYTES * counts[~encodings.fits(numbers, bits)].sum()
               for bits in encodings.PLANES}
-    best = min(needed, key=lambda bits: needed[bits])
-    return best if needed[best] < codes.size else 8
+    return needed | {8: float(codes.size)}
 
 
 def _patterns(values: Array) -> Iterator[tuple[tuple[int, int], int]]:

@@ -13,7 +13,8 @@ from onnxq.report.report import Report
 
 PACKING: dict[str, Any] = {
     "weights": [
-        {"name": "small", "encodings": ["Bitmap"], "shape": [8, 16], "zeros": 0.5, "dense_bytes": 128, "packed_bytes": 80},
+        {"name": "small", "encodings": ["Bitmap"], "shape": [8, 16], "zeros": 0.5, "dense_bytes": 128,
+         "packed_bytes": 80},
         {"name": "large\x1b[31m<b>", "encodings": ["Exceptions", "Planes_4"], "shape": [100, 20], "zeros": 0.125,
          "dense_bytes": 2000, "packed_bytes": 1050}],
     "limit": 90_000_000, "dense_peak": 50_000_000, "peak": 80_000_000, "packed_bytes": 1130, "fewest_bytes": 1000,
