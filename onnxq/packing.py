@@ -22,6 +22,7 @@ from onnxq.graph import (
     stored_bytes,
 )
 from onnxq.passes.manager import Context, PassManager
+from onnxq.passes.pack.sparse import StoreSparse
 from onnxq.passes.pack.weights import OPSET, PackWeights
 from onnxq.progress import Progress, Silent
 from onnxq.report.report import plain
@@ -29,30 +30,40 @@ from onnxq.request import check_output
 from onnxq.runtime.observe import optimized
 from onnxq.runtime.session import SessionOptions
 
+FUNCTIONS, SPARSE_INITIALIZER = "functions", "sparse-initializer"
+FORMS = (FUNCTIONS, SPARSE_INITIALIZER)
+
 
 def pack(model: str | Path, output: str | Path | None = None, *, load_memory: int | str | None = None,
-         force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+         form: str = FUNCTIONS, force: bool = False, progress: Progress | None = None) -> dict[str, Any]:
     """Write a model whose constants of int8, uint8 and float32 are packed where that makes them smaller.
 
-    `load_memory` ("500MB", or bytes) bounds the estimated peak of loading it; by default the model may take 2.5 times
-    as much over an empty process as it takes dense, or 16 MB if that is more. The result is read again: every weight
-    has to come back bit for bit, and onnxruntime's optimized graph has to have the operators of the dense model's.
+    `form` is functions, which decode, or sparse-initializer: ONNX's own form for many zeros, which takes more bytes and
+    leaves the opset as it is. `load_memory` ("500MB", or bytes) bounds the estimated peak of loading; by default the
+    model may take 2.5 times as much over an empty process as it takes dense, or 16 MB if that is more. The result is
+    read again: every weight has to come back bit for bit, and onnxruntime's optimized graph has to have the operators
+    of the dense model's.
     `output` is MODEL.packed.onnx beside the model where it isn't given. Raises UsageError for a wrong call,
     OutputError for a file that can't be written, and ModelError when a check fails.
     """
     source, destination = Path(model), _named(model, output, "packed")
+    if form not in FORMS:
+        raise UsageError(f"there is no form {form!r}; use {' or '.join(FORMS)}")
+    if form == SPARSE_INITIALIZER and load_memory is not None:
+        raise UsageError("--load-memory bounds what decoders take, and sparse initializers have none; leave it out")
     limit = sizes.parse(load_memory) if isinstance(load_memory, str) else load_memory
     bar = progress or Silent()
     bar.stage("load")
     graph = load(source)
     check_output(source, destination, force)
-    try:
-        graph = raise_opset(graph, OPSET)
-    except GraphError as e:
-        raise ModelError(f"packed weights take opset {OPSET}: {e}") from None
     context = Context()
     bar.stage("pack")
-    PassManager([PackWeights(limit)]).run(graph, context)
+    if form == FUNCTIONS:
+        try:
+            graph = raise_opset(graph, OPSET)
+        except GraphError as e:
+            raise ModelError(f"packed weights take opset {OPSET}: {e}") from None
+    PassManager([PackWeights(limit) if form == FUNCTIONS else StoreSparse()]).run(graph, context)
     bar.stage("save")
     save(graph, destination)
     bar.stage("check")
@@ -63,7 +74,10 @@ def pack(model: str | Path, output: str | Path | None = None, *, load_memory: in
         for path in (destination, destination.with_name(f"{destination.name}.data")):
             path.unlink(missing_ok=True)
         raise
-    return {"model": str(source), "output": str(destination), **plain(asdict(context.packing)),
+    told = plain(asdict(context.packing))
+    if form == SPARSE_INITIALIZER:  # no memory to tell of
+        told = {"weights": told["weights"]}
+    return {"model": str(source), "output": str(destination), "form": form, **told,
             "size": {"dense": stored_bytes(source), "packed": stored_bytes(destination)}, "notices": notices}
 
 

@@ -19,6 +19,7 @@ from onnxq.graph.tensors import Array, Computed, read_proto, stored_size, type_n
 from onnxq.numerics import encodings
 from onnxq.numerics.encodings import Encoded, Stored
 
+SPARSE = "SparseInitializer"  # in place of the name of an encoding
 _IN_BYTES: dict[str, Any] = {"int4": np.int8, "uint4": np.uint8}
 
 
@@ -106,12 +107,18 @@ def unpack(model: onnx.ModelProto, folder: Path) -> dict[str, Computed]:
 
 
 def packed_weights(path: str | Path) -> list[PackedWeight]:
-    """The weights that a model file stores packed, in the order of its nodes; none of them is read."""
+    """The weights that a model file stores packed, in the order of its nodes, and its sparse initializers, unread."""
     model = parse(Path(path))
     calls = _calls(model)
     read = {t for node in _others(model) for t in node.input} | {o.name for o in model.graph.output}
     return [PackedWeight(name, call.names, call.shape, stored_size(type_number(call.dtype), call.shape), call.nbytes)
-            for name, call in calls.items() if name in read]
+            for name, call in calls.items() if name in read] + [_sparse(s) for s in model.graph.sparse_initializer]
+
+
+def _sparse(proto: onnx.SparseTensorProto) -> PackedWeight:
+    values, shape = proto.values, tuple(proto.dims)
+    held = sum(stored_size(t.data_type, tuple(t.dims)) for t in (values, proto.indices))
+    return PackedWeight(values.name, (SPARSE,), shape, stored_size(values.data_type, shape), held)
 
 
 def _calls(model: onnx.ModelProto) -> dict[str, _Call]:

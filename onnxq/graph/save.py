@@ -19,7 +19,7 @@ from onnxq.graph.decoders import PACKED, decoder
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
 from onnxq.graph.parse import GRAPH, INITIALIZER, RAW_DATA, field
-from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_text, nbytes, stored
+from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_sparse, is_text, nbytes, sparse_proto, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
@@ -46,7 +46,9 @@ def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = No
     for name in extra_outputs or ():
         if all(o.name != name for o in model.graph.output):
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    weights = _Weights(graph.folder, apart(graph), progress)
+    _store_sparse(model, graph)
+    kept, outside = {t.name for g in with_bodies(model.graph) for t in g.initializer}, apart(graph)
+    weights = _Weights(graph.folder, {name: t for name, t in outside.items() if name in kept}, progress)
     with _written(path) as write:
         if total > external_above:
             write(path.name + ".data", lambda file: _move_outside(model, weights, path.name + ".data", file))
@@ -120,6 +122,17 @@ def file_bytes(graph: Graph) -> int:
     held = sum(nbytes(t) for t in {t.name: t for t in constants_of(graph.ir)}.values())
     each = _ALIGN if held > EXTERNAL_ABOVE else 2 * _LONGEST_FIELD
     return outline(graph).ByteSize() + sum(nbytes(t) + each for t in weights.values())
+
+
+def _store_sparse(model: onnx.ModelProto, graph: Graph) -> None:
+    """Make sparse initializers of constants of the main graph that are to be; of large ones there must be few."""
+    sparse = {t.name: t for t in constants_of(graph.ir) if is_sparse(t)}
+    names = [t.name for t in model.graph.initializer if t.name in sparse]
+    for name in names:
+        model.graph.sparse_initializer.append(sparse_proto(name, graph.read(sparse[name])))
+    for index in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[index].name in names:
+            del model.graph.initializer[index]
 
 
 def _is_apart(tensor: gs.Constant) -> bool:

@@ -18,6 +18,8 @@ def encoding(names: Sequence[str]) -> str:
     """Encodings from the outermost one on, in words: 'bitmap, values in 4 bits and exceptions'."""
     outer, inner = names[0], list(names[1:])
     kind, *numbers = outer.split("_")
+    if kind == "SparseInitializer":
+        return "sparse initializer"
     if kind == "Transposed":
         return f"{encoding(inner)}, along axis 0"
     if kind == "Planes":
@@ -69,6 +71,10 @@ def total(found: Found) -> str:
 
 def conditions(found: Found) -> list[str]:
     """What a packed model costs, and what more memory would allow."""
+    if found.get("form") == "sparse-initializer":
+        return ["a sparse initializer takes 8 bytes and the value for each element that is not 0: int8 gains from 89 % "
+                "zeros on, float32 from 67 %", "the runtime makes weights dense as it loads the model: zeros save "
+                "bytes, not time; --as functions is smaller"]
     lines = [f"loading takes an estimated {wording.size(found['peak'])} of memory, dense "
              f"{wording.size(found['dense_peak'])}; allowed were {wording.size(found['limit'])}",
              "weights are decoded once, as the model is loaded, and run as dense ones do: zeros save bytes, not time"]

@@ -138,7 +138,7 @@ def packed(found: dict[str, Any]) -> str:
         if len(cells) > packing.MOST_ROWS:
             _line(console, f"+{len(cells) - packing.MOST_ROWS} more, see --json", "dim")
         _line(console, packing.total(found), "bold")
-        for text in packing.conditions(found) if "limit" in found else ():
+        for text in packing.conditions(found) if "form" in found else ():
             _line(console, text, "dim")
 
     return _text(draw)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from conftest import assert_same, make_model, node, run, text
+from conftest import assert_same, make_model, node, random, run, text
 from lowering_support import MODELS
 from packing_support import CONTRIB, examples, reader
 
@@ -158,6 +158,43 @@ def test_a_model_that_the_runtime_refuses(tmp_path: Path) -> None:
     assert "can't load the model" in found["notices"][0]
 
 
+def test_sparse_initializers(pruned: Path, tmp_path: Path) -> None:
+    """ONNX's own form: smaller from 67 % zeros of float32 on, of any opset, dense for everyone who reads it."""
+    small = tmp_path / "sparse.onnx"
+    found = pack(pruned, small, form="sparse-initializer")
+    assert found["size"]["packed"] < found["size"]["dense"]
+    assert set(found) == {"model", "output", "form", "weights", "size", "notices"}
+    model = onnx.load(small)
+    onnx.checker.check_model(model)  # onnx's shape inference knows no operator that reads a sparse tensor
+    assert not model.functions
+    assert model.opset_import[0].version == onnx.load(pruned).opset_import[0].version
+    told = packed_weights(small)
+    assert [w.name for w in told] == [s.values.name for s in model.graph.sparse_initializer]
+    assert {(w.name, w.names, w.packed_bytes) for w in told} == {
+        (w["name"], ("SparseInitializer",), w["packed_bytes"]) for w in found["weights"]}
+    assert all(w["packed_bytes"] == 12 * round((1 - w["zeros"]) * w["dense_bytes"] / 4) for w in found["weights"])
+    assert_same(run(small, feed(), optimize=True), run(pruned, feed(), optimize=True))
+    unpack(small, tmp_path / "back.onnx")
+    left, right = load(pruned), load(tmp_path / "back.onnx")
+    assert {t.name: left.read(t).tobytes() for t in constants(left)} == {
+        t.name: right.read(t).tobytes() for t in constants(right)}
+    assert packed_weights(tmp_path / "back.onnx") == []
+
+
+def test_sparse_initializers_keep_what_equals_zero_and_is_not(tmp_path: Path) -> None:
+    """-0.0 and NaN; a weight of few zeros stays as it is."""
+    weight = np.zeros((96, 40), np.float32)
+    weight[::7, 3], weight[5, 5] = -0.0, np.nan
+    model = make_model([node("MatMul", "x w", "a"), node("MatMul", "x v", "b")], {"x": [2, 96]},
+                       {"a": [2, 40], "b": [2, 40]}, {"w": weight, "v": random(96, 40)}, 17)
+    onnx.save(model, tmp_path / "m.onnx")
+    found = pack(tmp_path / "m.onnx", tmp_path / "s.onnx", form="sparse-initializer")
+    assert [w["name"] for w in found["weights"]] == ["w"]
+    graph = load(tmp_path / "s.onnx")
+    [read] = [graph.read(t) for t in constants(graph) if t.name == "w"]
+    assert read.tobytes() == weight.tobytes()
+
+
 # ------------------------------------------------------------------ the command line
 
 
@@ -197,11 +234,19 @@ def test_command_line(model: Path) -> None:
 def test_command_line_json_and_quiet(model: Path) -> None:
     done = call("pack", model, "--json", "--load-memory", "1GB")
     found = json.loads(done.stdout)
-    assert set(found) == {"model", "output", "weights", "limit", "dense_peak", "peak", "packed_bytes", "fewest_bytes",
-                          "fewest_peak", "size", "notices"}
+    assert set(found) == {"model", "output", "form", "weights", "limit", "dense_peak", "peak", "packed_bytes",
+                          "fewest_bytes", "fewest_peak", "size", "notices"}
     assert found["limit"] == 10**9
     assert set(found["weights"][0]) == {"name", "encodings", "shape", "zeros", "dense_bytes", "packed_bytes"}
     assert call("pack", model, "--force", "-q").output == ""
+
+
+def test_sparse_initializers_tell_what_they_take(model: Path) -> None:
+    done = call("pack", model, "--as", "sparse-initializer")
+    assert "0 weights packed" in done.stdout  # 70 % zeros are too few for int8
+    assert "int8 gains from 89 % zeros on" in done.stdout
+    with pytest.raises(UsageError, match="no form 'zip'"):
+        pack(model, form="zip", force=True)
 
 
 def test_more_memory_is_offered(model: Path) -> None:
@@ -215,6 +260,7 @@ def test_more_memory_is_offered(model: Path) -> None:
     (("pack", "missing.onnx"), 3, "does not exist"),
     (("pack", "model.onnx", "-o", "model.onnx"), 2, "would replace the model itself"),
     (("pack", "model.onnx", "--load-memory", "much"), 2, "a size of 'much'"),
+    (("pack", "model.onnx", "--as", "sparse-initializer", "--load-memory", "1GB"), 2, "leave it out"),
     (("unpack", "model.onnx"), 2, "holds no packed weight"),
 ])
 def test_errors(model: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], status: int,

@@ -57,7 +57,7 @@ def test_more_memory_is_told_where_it_helps() -> None:
 
 
 def test_table_of_a_command() -> None:
-    found = {**PACKING, "size": {"dense": 3000, "packed": 2000}}
+    found = {**PACKING, "form": "functions", "size": {"dense": 3000, "packed": 2000}}
     lines = terminal.packed(found).splitlines()
     assert lines[1].split() == ["large\\x1b[31m<b>", "100x20", "4", "bits", "and", "exceptions", "12%", "2.0", "kB",
                                 "1.1", "kB", "52.5%"]
