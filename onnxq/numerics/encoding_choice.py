@@ -26,6 +26,7 @@ from onnxq.numerics.encodings import Declared, Encoded, Outline
 Array = npt.NDArray[Any]
 
 BASE = 45_000_000  # bytes of a process with the runtime and no model; measured: onnxruntime 1.32, Linux
+MOST_FOLDED = 1 << 30  # bytes of one result; the runtime leaves what makes a larger one to be computed in each run
 LEAST_GAIN = 0.1  # of a weight's bytes: less is not worth what decoding takes
 PATTERNS = ((2, 4), (4, 8), (1, 4))
 # Bytes that a decoder takes beyond its results, measured as the peak of loading one weight: of an exception, of an
@@ -81,7 +82,7 @@ def choices(values: Array) -> list[Choice]:
             outline = form.encode(values).outline()
         except ValueError:  # a size that doesn't fill bytes
             continue
-        if outline.nbytes <= (1 - LEAST_GAIN) * values.nbytes:
+        if outline.nbytes <= (1 - LEAST_GAIN) * values.nbytes and largest(outline) <= MOST_FOLDED:
             found.append(Choice(form, outline, outline.nbytes, left_behind(outline), held(outline)))
     return found
 
@@ -148,6 +149,16 @@ def left_behind(outline: Outline) -> int:
     if kind == "Exceptions":
         return within + 8 * prod(declared["steps"].shape) + 2 * dense
     return within + dense
+
+
+def largest(outline: Outline) -> int:
+    """Bytes of the largest result of a decoder's nodes."""
+    kind, _ = encodings.split(outline.name)
+    count = prod(outline.shape)
+    within = [largest(part) for part in outline.parts.values() if isinstance(part, Outline)]
+    indices = {"Codebook": "codes", "Exceptions": "steps"}.get(kind)
+    numbers = count if kind.endswith(("Bitmap", "Groups")) else prod(outline.parts[indices].shape) if indices else 0
+    return max([4 * numbers, count * outline.dtype.itemsize, *within])
 
 
 def _planes_left(bits: int, count: int) -> int:

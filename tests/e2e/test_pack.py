@@ -90,6 +90,8 @@ def test_a_recipe_says_so_too(pruned: Path, compiled: Compiled, tmp_path: Path) 
     with pytest.raises(RecipeError, match="load_memory: a size of 'much'"):
         parse("scheme: w8a8\npack: true\nload_memory: much\n")
     assert parse("scheme: w8a8\npack: true\n").load_memory is None
+    with pytest.raises(RecipeError, match="give --pack"):
+        onnxq.compile(pruned, tmp_path / "none.onnx", scheme="w8a8-dynamic", load_memory="1GB")
 
 
 def test_packs_and_unpacks_what_was_compiled(compiled: Compiled, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxq.numerics import encoding_choice
 from onnxq.numerics.encoding_choice import (
     BASE,
     LEAST_GAIN,
@@ -17,6 +18,7 @@ from onnxq.numerics.encoding_choice import (
     choices,
     choose,
     held,
+    largest,
     left_behind,
     peak,
 )
@@ -88,6 +90,21 @@ def test_left_and_held_by_hand():
     assert left_behind(outline) == 64 + 2 * 4 + 2 * 64
     assert held(outline) == 12
     assert outline.nbytes == 32 + 1 + 1
+
+
+@pytest.mark.parametrize(("form", "bytes_of_an_element"), [
+    (Form("narrow", 4), 1), (Form("narrow", 6), 1), (Form("bitmap"), 4), (Form("groups", 8, (4, 8)), 4),
+    (Form("gaps"), 2), (Form("codebook", 4), 2)])
+def test_the_largest_result(form, bytes_of_an_element, monkeypatch):
+    """What the runtime would not fold, since one of its results is too large, is not offered: int32 places of a bitmap
+    or of groups, a step for every other element, a number for every other one in a codebook."""
+    values = np.tile(np.array([0, 1], np.int8), 4096)
+    outline = form.encode(values).outline()
+    assert largest(outline) == bytes_of_an_element * values.size
+    for room, offered in ((largest(outline), True), (largest(outline) - 1, False)):
+        monkeypatch.setattr(encoding_choice, "MOST_FOLDED", room)
+        monkeypatch.setattr(encoding_choice, "_forms", lambda values: [form])
+        assert (len(choices(values)) == 2) is offered
 
 
 option = st.builds(lambda size, left, kept: Choice(None, None, size, left, kept), st.integers(1, 60),
