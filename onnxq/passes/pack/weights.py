@@ -38,7 +38,7 @@ class PackWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> bool:
         """Choose for all weights together, then rewrite one after the other."""
-        weights = self._weights(graph)
+        weights = self._weights(graph) if graph.opset >= OPSET else []
         found = [_rated(graph, weight) for weight in weights]
         dense = sum(options[0].nbytes for options in found)
         limit = self.load_memory or BASE + max(int(TIMES_DENSE * 2 * dense), ANYHOW)
@@ -65,8 +65,6 @@ class PackWeights(Pass):
 def _rated(graph: Graph, weight: Tensor) -> list[Choice]:
     """What may become of a weight, with the bytes that names and nodes take besides."""
     dense, *others = choices(graph.read(weight))
-    if graph.opset < OPSET:
-        return [dense]
     rated = [dense]
     for choice in others:
         assert choice.outline is not None
