@@ -22,7 +22,9 @@ from onnxq.passes.lower import lower
 from onnxq.passes.pack import pack
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.smooth import Smooth
+from onnxq.sparsity import Sparsity
 from onnxq.targets import TARGETS
 
 FOLDER = Path(__file__).resolve().parent
@@ -71,7 +73,7 @@ def _fields(kind: type) -> str:
 
 def passes() -> str:
     """Every pass in its order, by stage."""
-    stages = {"canonicalize": canonicalize(), "transform": [Smooth(), *transform()], "quantize": quantize(),
+    stages = {"canonicalize": canonicalize(), "transform": [Prune(), Smooth(), *transform()], "quantize": quantize(),
               "lower": lower("qoperator"), "pack": pack()}
     parts = ["# Passes", "In the order in which they run. `--dump DIR --dump-after NAME` writes the graph behind one."]
     for stage, members in stages.items():
@@ -87,7 +89,8 @@ def recipes() -> str:
     parts = ["# Recipes and schemes", (inspect.getdoc(recipe) or ""), "## A full recipe, as --print-recipe shows it",
              f"```yaml\n{recipe.Recipe(schemes.scheme('w8a8')).to_yaml()}```"]
     for kind in (recipe.Recipe, schemes.Scheme, schemes.TensorSpec, recipe.Rule, recipe.Match, recipe.Layers,
-                 recipe.Calibration, recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec, recipe.Bits):
+                 recipe.Calibration, recipe.Preprocessing, recipe.Fallback, recipe.BudgetSpec, recipe.Bits,
+                 Sparsity):
         parts += [f"## {kind.__name__}", inspect.getdoc(kind) or "", _fields(kind)]
     for name in schemes.scheme_names():
         parts += [f"## Scheme {name}", f"```yaml\n{schemes.scheme_text(name)}```"]

@@ -26,6 +26,7 @@ from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.pack.weights import OPSET
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.planner import rules, weight_only
@@ -44,6 +45,7 @@ from onnxq.runtime.timings import TimingCache
 from onnxq.schemes import scheme as named_scheme
 from onnxq.settling import Settling
 from onnxq.spool import Spool
+from onnxq.targets import Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -54,21 +56,23 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             recipe: Recipe | str | Path | None = None, calib: Any = None, samples: int | None = None,
             batch: int | None = None, ranges: str | None = None, outliers: str | None = None,
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
-            target_bits: float | None = None, max_size: str | None = None, pack: bool | None = None,
-            load_memory: str | None = None, eval: Any = None, metric: str | None = None,
-            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
-            keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
-            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
-            objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
-            dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
+            target_bits: float | None = None, max_size: str | None = None, sparsity: str | None = None,
+            prune: str | None = None, pattern: str | None = None, pack: bool | None = None,
+            load_memory: str | None = None, eval: Any = None, metric: str | None = None, max_drop: str | None = None,
+            target: str = "cpu", threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (),
+            fallback: int | None = None, force: bool = False, measure: bool = True,
+            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None, objective: str = "balanced",
+            shapes: Mapping[str, int | Sequence[int]] | None = None, dump: str | Path | None = None,
+            dump_after: str | None = None, max_memory: int | str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
     Scheme `auto` without calibration data times both dynamic schemes and takes the more accurate one, w8a8-dynamic,
-    unless w8a8-dynamic-tensor is more than one and a half times as fast.
-    `ranges`, `outliers` and `rounding` are those of a recipe; `group_size` and `symmetric` replace those of a
-    weight-only scheme, in which `target_bits` (per weight) and `max_size` (of the file, such as 40MB) have formats
-    chosen for each weight. `pack` stores weights in fewer bytes, which the runtime decodes as it loads the model, in
+    unless w8a8-dynamic-tensor is more than one and a half times as fast. `ranges`, `outliers` and `rounding` are
+    those of a recipe; `group_size` and `symmetric` replace those of a weight-only scheme, in which `target_bits`
+    (per weight) and `max_size` (of the file, such as 40MB) have formats chosen for each weight. `sparsity` is the
+    share of zeros that layers' weights get (such as 50%), `pattern` that of every M inputs N stay (such as 2:4),
+    and `prune` the method. `pack` stores weights in fewer bytes, which the runtime decodes as it loads the model, in
     about `load_memory` ("500MB"). `calib` and `eval` are DATA (see onnxq.calibration.readers.open_data). The result is
     written even when a check fails: look at `Report.ok`. `save_plan` names a folder for all that was decided; given
     as `plan`, it is replayed: the same Plan on the same model gives the same bytes, without data, on any machine.
@@ -80,26 +84,29 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-    if saved is not None and scheme == AUTO and recipe is None:
-        scheme = saved.scheme
+    scheme = saved.scheme if saved is not None and scheme == AUTO and recipe is None else scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
                      rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
-                     max_size=max_size, pack=pack, load_memory=load_memory)
+                     max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern, pack=pack,
+                     load_memory=load_memory)
     destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
-    here = target_here(target)
-    here = replace(here, fused=frozenset(), portable=True) if format == "qdq" else here  # standard operators alone
+    here = _standard(target_here(target)) if format == "qdq" else target_here(target)
     request = Request(
         Path(model), Path(output or destination), chosen, here, SessionOptions(here.provider, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
-        here.format if format == AUTO else format, measure,
-        Path(dump) if dump is not None else None, dump_after,
+        here.format if format == AUTO else format, measure, Path(dump) if dump is not None else None, dump_after,
         _coarser(chosen) if scheme == AUTO and recipe is None and calib is None and measure else None, saved,
         Path(save_plan) if save_plan is not None else None, objective, several(shapes or {}),
         sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
     check(request, format, force)
     with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
         return _Compilation(request, progress or Silent()).run()
+
+
+def _standard(target: Target) -> Target:
+    """A target that runs standard operators alone."""
+    return replace(target, fused=frozenset(), portable=True)
 
 
 def _coarser(chosen: Recipe) -> Recipe:
@@ -182,6 +189,7 @@ class _Compilation:
         planned = self.planning.graph_for(self.context.plan)
         codes.connect(self.report.nodes, self.context.plan.nodes, planned)
         self.report.tensors = codes.planned(self.context.plan, planned)
+        self.report.pruned = notices.pruned(self.context.plan, self.planning)
         for row in self.report.nodes:
             row.times = self.prices.of(row.name) if self.prices is not None else {}
         self.report.nodes += self.removed
@@ -262,7 +270,7 @@ class _Compilation:
             self.planning.round(self.context.plan)
             self.planning.correct(self.context.plan)
         plan, said = self.context.plan, self.report.verdict.notices
-        said += notices.of_plan(plan, self.planning, plan.quantizes if able is None else able)
+        said += notices.of_plan(plan, self.planning, (plan.quantizes or bool(plan.pruned)) if able is None else able)
         if self.planning.calib is not None and (self.planning.used_data or plan.bias_shifts):
             said += notices.of_data(self.planning.calib, "calibration")
         if feeds and request.measure and self.report.latency is None:  # a saved Plan is replayed, not measured again
@@ -276,7 +284,7 @@ class _Compilation:
     def _write(self, compiled: Path | None, twin: Path | None) -> Graph:
         """The model that the Plan makes, written beside its QDQ form where there are paths for them."""
         graph = self.planning.base.copy()
-        self._passes([Smooth()], graph)
+        self._passes([Prune(), Smooth()], graph)
         self.made |= {n.name: _results(graph, n) for n in graph.nodes}
         self._passes(transform(self.context.plan.dropped), graph)
         if self.context.plan.changes:

@@ -37,7 +37,7 @@ MOVES_CODES = frozenset({
 BOUNDED, FLOORED, ROW_FLOORED = "bounded mask", "floor", "floor per row"  # forms of a Masking
 # prefixes of names in plan.npz
 _SHIFT, _SMOOTHING, _ROUNDED, _MULTIPLES = "bias_shifts/", "smoothings/", "rounded/", "multiples/"
-_NARROWED = "narrowed/"
+_NARROWED, _PRUNED = "narrowed/", "pruned/"
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ class Plan:
     maps a table to the layer's weight that is its transpose: it has no codes but those of this one.
     `narrowed` maps a tensor of the canonical graph to the channels that it keeps; all else is told of the graph that
     this makes, and smoothings of that.
+    `pruned` maps the name of a weight of the canonical graph to its values with zeros, float32, which everything else
+    is told of.
     """
 
     scheme: str
@@ -184,6 +186,7 @@ class Plan:
     multiples: dict[str, Multiples] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
     narrowed: dict[str, Narrowed] = field(default_factory=dict)
+    pruned: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -211,7 +214,7 @@ class Plan:
     @property
     def changes(self) -> bool:
         """Whether anything is rewritten at all."""
-        return self.quantizes or bool(self.added) or bool(self.maskings) or bool(self.narrowed)
+        return self.quantizes or any((self.added, self.maskings, self.narrowed, self.pruned))
 
     def digest(self) -> str:
         """SHA-256 over all decisions, in hexadecimal."""
@@ -273,6 +276,7 @@ class Plan:
                 weights=tuple(arrays[f"{name}/weights/{k}"] for k in range(len(item["layers"]))))
         plan.ties = dict(data.get("ties", {}))
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
+        plan.pruned = {k.removeprefix(_PRUNED): v for k, v in arrays.items() if k.startswith(_PRUNED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
         return plan
 
@@ -303,5 +307,6 @@ class Plan:
                 | {f"{_NARROWED}{name}/kept": found.kept for name, found in self.narrowed.items()}
                 | {f"{_NARROWED}{name}/weights/{k}": weight for name, found in self.narrowed.items()
                    for k, weight in enumerate(found.weights)}
+                | {f"{_PRUNED}{name}": values for name, values in self.pruned.items()}
                 | {f"{_SMOOTHING}{name}/{part}": array for name, found in self.smoothings.items()
                    for part, array in (("factors", found.factors), ("source", found.source)) if array is not None})

@@ -24,6 +24,7 @@ from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.add_masks import AddMasks
 from onnxq.passes.transform.normal_masks import NormalMasks
+from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.planner import (
@@ -31,6 +32,7 @@ from onnxq.planner import (
     block_rounding,
     correction,
     masks,
+    pruning,
     ranging,
     rounding,
     sensitivity,
@@ -43,6 +45,7 @@ from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
 from onnxq.planner.mixed_bits import MixedBits
 from onnxq.planner.outline import Chosen, Measured, Outline, outline
+from onnxq.planner.pruning import Calibrated, Pruning
 from onnxq.planner.ranging import escaped
 from onnxq.planner.readers import groups
 from onnxq.planner.replay import check_smoothings, replayed
@@ -65,11 +68,12 @@ class Planning:
 
     def __init__(self, graph: Graph, recipe: Recipe, target: Target, calib: Dataset | None, options: SessionOptions,
                  progress: Progress, stage: Stages, dropped: Collection[str] = (), output_format: str = "") -> None:
-        self.base = self.graph = graph  # `graph` is what is planned on: with channels scaled, another one than `base`
+        self.base = self.graph = graph  # `graph` is what is planned on: pruned, or with channels scaled, not `base`
         self.recipe, self.target, self.calib = recipe, target, calib
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.escaped: dict[str, str] = {}  # layers with a scale for each row, with the reason
+        self.pruning: Pruning | None = None
         self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
         self.used_data = self.seen_masks = False
@@ -85,6 +89,8 @@ class Planning:
 
     def plan(self, measured: Measured = NOTHING) -> Plan:
         """The Plan that the tables and `measured` make, with scales; biases are not corrected yet."""
+        if self.pruning is None:
+            self._prune()
         if self.smoothed is None:
             self._smooth()
         if self.recipe.scheme.is_weight_only and not self.recipe.bits.are_chosen:  # a budget counts each by itself
@@ -140,22 +146,38 @@ class Planning:
         with self.stage("scales"):
             plan = finish(found, self.graph, self.ranges, self.recipe, self.target)
         smoothing.use(plan, self.smoothed or {})
+        plan.pruned = dict(self.pruning.values) if self.pruning is not None else {}
         masks.decide(self.hiding, plan)
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
 
     def graph_for(self, plan: Plan) -> Graph:
-        """A graph of its own to rewrite as a Plan says: the canonical one, with channels scaled."""
+        """A graph of its own to rewrite as a Plan says: the canonical one, pruned, with channels scaled."""
         graph = self.base.copy()
-        PassManager([Smooth()]).run(graph, Context(self.target, plan))
+        PassManager([Prune(), Smooth()]).run(graph, Context(self.target, plan))
         return graph
 
     def replay(self, plan: Plan) -> Plan:
         """A saved Plan, for the graph that it was made for. Raises UsageError for another."""
+        pruning.check_pruned(plan, self.base)
         check_smoothings(plan, self.base)
         self.graph = self.graph_for(plan)
         return replayed(plan, self.graph)
+
+    def _prune(self) -> None:
+        """Find which weights become 0, and plan on the graph that has them from now on."""
+        self.pruning = Pruning()
+        asked = self.recipe.sparsity
+        if asked.wanted is None:
+            return
+        with self.stage("prune"):
+            by = Calibrated(self.calib, self.options, self.progress.step) if self.calib is not None else None
+            if by is not None:
+                self._start(self.recipe.calibration.samples)
+                self.used_data = True
+            self.pruning = pruning.prune(self.graph, self.recipe, by, self.spool)
+            self.graph = self.graph_for(Plan("", "", pruned=self.pruning.values))
 
     def _smooth(self) -> None:
         """Search what scales the channels of layers' inputs, and plan on the graph that this makes from now on."""
@@ -177,9 +199,10 @@ class Planning:
         if not smoothed:
             return
         assert self.calib is not None
-        plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()})
+        pruned = self.pruning.values if self.pruning is not None else {}
+        plan = Plan("", "", smoothings={name: one.rewrite for name, one in smoothed.items()}, pruned=pruned)
         graph = self.graph_for(plan)
-        if smoothing.same(self.base, graph, next(self.calib.batches(1)).feed, self.options):
+        if smoothing.same(self.graph, graph, next(self.calib.batches(1)).feed, self.options):
             self.smoothed, self.graph = smoothed, graph
         else:
             self.notices.append("channels of layers' inputs are not scaled: the rewritten float model computes "

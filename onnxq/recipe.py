@@ -20,6 +20,7 @@ from onnxq import sizes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.plain import StrictLoader, build, plain
 from onnxq.schemes import BLOCK_SIZES, FLOAT, Scheme, scheme, scheme_names, weight_only_names
+from onnxq.sparsity import DENSE, Sparsity
 
 VERSION = 1
 SQNR = "sqnr"
@@ -210,6 +211,14 @@ class BudgetSpec:
     max_drop: str | None = None
 
 
+def _bytes(key: str, text: str | None) -> int | None:
+    """Bytes that the text of a key says, None where it has none. Raises RecipeError naming the key."""
+    try:
+        return None if text is None else sizes.parse(text)
+    except UsageError as e:
+        raise RecipeError(f"{key}: {e}") from None
+
+
 @dataclass(frozen=True)
 class Bits:
     """Formats chosen for each weight, so that all of them fit a budget at the least damage.
@@ -229,8 +238,7 @@ class Bits:
         """Raises RecipeError naming the key that can't be used."""
         if self.target is not None and not 0 < self.target < math.inf:
             raise RecipeError(f"bits.target: {self.target:g} bits hold no weight; give a number above 0, such as 4.5")
-        if self.max_size is not None:
-            _size("bits.max_size", self.max_size)
+        _bytes("bits.max_size", self.max_size)
         for k, name in enumerate(self.choices):
             if name not in weight_only_names():
                 raise RecipeError(f"bits.choices[{k}]: {name!r} is no scheme of weights in blocks; use some of "
@@ -276,16 +284,19 @@ class Recipe:
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
     bits: Bits = Bits()
+    sparsity: Sparsity = DENSE
     pack: bool = False
     load_memory: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises RecipeError for what is not known, and for bits to choose in a scheme that has no blocks."""
+        """Raises RecipeError for what is not known, and for bits to choose or zeros that the scheme has no use for."""
         if self.bits.are_chosen and not self.scheme.is_weight_only:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
-        if self.load_memory is not None:
-            _size("load_memory", self.load_memory)
+        if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
+            raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
+                              "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
+        _bytes("load_memory", self.load_memory)
         if self.load_memory is not None and not self.pack:
             raise RecipeError("load_memory: nothing is packed; give --pack, or `pack: true` beside it")
         if self.attention not in ATTENTIONS:
@@ -300,14 +311,6 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that `read` turns into an equal recipe."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=110)
-
-
-def _size(key: str, text: str) -> None:
-    """Raises RecipeError naming the key where its text is no size."""
-    try:
-        sizes.parse(text)
-    except UsageError as e:
-        raise RecipeError(f"{key}: {e}") from None
 
 
 def read(path: str | Path) -> Recipe:

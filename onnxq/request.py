@@ -16,11 +16,13 @@ from onnxq.passes.lower import lower
 from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
+from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.smooth import Smooth
 from onnxq.plan import Plan
 from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import in_blocks, scheme_names
+from onnxq.sparsity import Sparsity
 from onnxq.targets import Target
 from onnxq.verification import Goal
 
@@ -64,12 +66,14 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
-            max_size: str | None = None, pack: bool | None = None, load_memory: str | None = None) -> Recipe:
+            max_size: str | None = None, sparsity: str | None = None, prune: str | None = None,
+            pattern: str | None = None, pack: bool | None = None, load_memory: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
     a weight-only scheme; schemes that rules name stay as they are. With `target_bits` or `max_size` formats are chosen
-    for each weight, with blocks of `group_size` alone where that is given. Raises UsageError and RecipeError.
+    for each weight, with blocks of `group_size` alone where that is given. `sparsity` is the share of zeros, `prune`
+    the method. Raises UsageError and RecipeError.
     """
     if recipe is not None and scheme != AUTO:
         raise UsageError("a scheme and a recipe exclude one another; write the scheme into the recipe")
@@ -91,11 +95,22 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
     return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
+                   sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern),
                    pack=chosen.pack if pack is None else pack, load_memory=load_memory or chosen.load_memory,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
+
+
+def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str | None) -> Sparsity:
+    """The recipe's section with the options put in: a share asked for alone goes before the recipe's pattern, and the
+    other way round."""
+    if share is not None or pattern is not None:
+        given = replace(given, share=share, pattern=pattern)
+    if method is not None and given.wanted is None:
+        raise UsageError(f"--prune {method} says how, but not how much; give --sparsity, such as 50%, or --pattern 2:4")
+    return replace(given, method=method or given.method)
 
 
 def several(shapes: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -122,6 +137,10 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if static and request.calib is None and request.plan is None:
         dynamic = ", ".join(n for n in scheme_names() if "dynamic" in n)
         raise UsageError(f"scheme {chosen.name} needs data to find ranges; give --calib DATA, or choose {dynamic}")
+    pruned = request.recipe.sparsity
+    if pruned.needs_data and request.calib is None and request.plan is None:
+        raise UsageError(f"pruning by {pruned.method} looks at what layers read; give --calib DATA, or take the "
+                         "smallest weights with --prune magnitude")
     level = request.recipe.fallback.level
     if level and not chosen.is_float and request.calib is None and request.plan is None:
         raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")
@@ -150,5 +169,5 @@ def check_output(model: Path, output: Path, force: bool) -> None:
 
 
 def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), Smooth(), *transform(), *quantize(), *lower(output_format),
-                               *pack_passes())]
+    return [p.name for p in (*canonicalize(), Prune(), Smooth(), *transform(), *quantize(), *lower(output_format),
+                             *pack_passes())]

@@ -32,7 +32,8 @@ FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analys
 COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
     "ranges": None, "outliers": None, "rounding": None, "group_size": None, "symmetric": None, "target_bits": None,
-    "max_size": None, "metric": None, "max_drop": None, "target": "cpu", "threads": 0, "format": "auto",
+    "max_size": None, "sparsity": None, "prune": None, "pattern": None, "metric": None, "max_drop": None,
+    "target": "cpu", "threads": 0, "format": "auto",
     "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
     "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None,
     "pack": None, "load_memory": None}
@@ -136,6 +137,8 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--asymmetric"], {"symmetric": False}),
     (["--target-bits", "4.5"], {"target_bits": 4.5}),
     (["--max-size", "40MB"], {"max_size": "40MB"}),
+    (["--sparsity", "50%", "--prune", "wanda"], {"sparsity": "50%", "prune": "wanda"}),
+    (["--pattern", "2:4"], {"pattern": "2:4"}),
     (["--keep-float", "a*", "--keep-float", "b.{c,d}"], {"keep_float": ("a*", "b.{c,d}")}),
     (["--fallback", "3"], {"fallback": 3}),
     (["--fallback", "0"], {"fallback": 0}),
@@ -291,7 +294,7 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                            "ranges": None, "outliers": "smooth", "rounding": "auto", "group_size": 64,
                            "symmetric": False, "target_bits": None, "max_size": None, "pack": None,
                            "load_memory": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
-                           "fallback": None})]
+                           "fallback": None, "sparsity": None, "prune": None, "pattern": None})]
     assert compiled == []
 
 
@@ -419,7 +422,8 @@ def test_a_missing_model_is_3(onnxq, tmp_path, command):
 @pytest.mark.parametrize("options", [
     ["--scheme", "w9a9"], ["--scheme", "w8a8"], ["--metric", "nonsense"], ["--max-drop", "lots"],
     ["--recipe", "missing.yaml"], ["--group-size", "64"], ["--scheme", "w4a16", "--group-size", "48"],
-    ["--target-bits", "4.5"], ["--scheme", "w4a16", "--max-size", "small"]])
+    ["--target-bits", "4.5"], ["--scheme", "w4a16", "--max-size", "small"], ["--sparsity", "50"], ["--pattern", "4"],
+    ["--sparsity", "50%"], ["--prune", "wanda"], ["--scheme", "w4a16", "--sparsity", "50%", "--prune", "magnitude"]])
 def test_what_the_library_calls_wrong_usage_is_2(onnxq, tmp_path, options):
     result = onnxq("compile", str(tmp_path / "m.onnx"), *options)
     assert (result.status, result.out) == (2, "")

@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str] | None] = {
     "numerics": set(),
     "targets": set(),
     "schemes": {"plain"},
-    "recipe": {"plain", "schemes", "sizes"},
+    "sparsity": {"numerics"},
+    "recipe": {"plain", "schemes", "sizes", "sparsity"},
     "presets": {"recipe", "schemes"},
     "graph": {"numerics", "ports"},
     "plan": {"numerics"},
@@ -40,7 +41,7 @@ ROOMS: dict[str, set[str] | None] = {
     "runtime": {"graph", "numerics", "plan", "ports", "recipe", "schemes", "targets", "plugins"},
     "calibration": {"graph", "language", "numerics", "ports", "recipe", "schemes", "runtime", "plugins"},
     "planner": {"calibration", "graph", "language", "numerics", "passes", "plain", "plan", "ports", "progress",
-                "recipe", "runtime", "schemes", "sizes", "spool", "targets", "version"},
+                "recipe", "runtime", "schemes", "sizes", "sparsity", "spool", "targets", "version"},
 }
 TOPS = {"cli", "__main__"}  # nobody imports these
 

@@ -38,7 +38,8 @@ def example() -> Plan:
             Smoothing("x/1:0", ("conv/1", "conv/2"), np.float32([0.5, 2]), 1, True),
             Smoothing("h", ("fc",), np.float32([0.5, 1, 2]), -1, False, np.array([0, 1, 1])))},
         rounded={"w": np.int8([[1], [-127], [3]]), "layers.0/w:0": np.int8([[5]])},
-        blocks={"w:8": Blocks(UINT4, 32, 0, "mse"), "table": Blocks(INT8, 128, 1, "absmax")})
+        blocks={"w:8": Blocks(UINT4, 32, 0, "mse"), "table": Blocks(INT8, 128, 1, "absmax")},
+        pruned={"w:8": np.float32([[0, 1.5], [-2, 0]])})
 
 
 def smoothing(plan: Plan, **fields: object) -> None:
@@ -83,6 +84,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert again.rounded.keys() == plan.rounded.keys()
     for name, codes in again.rounded.items():
         np.testing.assert_array_equal(codes, plan.rounded[name], strict=True)
+    assert again.pruned.keys() == plan.pruned.keys()
+    np.testing.assert_array_equal(again.pruned["w:8"], plan.pruned["w:8"], strict=True)
     for table, wanted in ((again.activations, plan.activations), (again.weights, plan.weights)):
         assert list(table) == list(wanted)
         for name, found in table.items():
@@ -152,6 +155,7 @@ EDITS: dict[str, Callable[[Plan], None]] = {
     "absorbed": lambda p: smoothing(p, absorbed=True),
     "fewer smoothings": lambda p: p.smoothings.pop("h"),  # type: ignore[arg-type, return-value]
     "codes": lambda p: p.rounded.update(w=np.int8([[1], [-127], [2]])),
+    "zeros": lambda p: p.pruned.update({"w:8": np.float32([[0, 1.5], [0, -2]])}),
     "rounded to nearest": lambda p: p.rounded.pop("w"),  # type: ignore[arg-type, return-value]
     "which table": lambda p: p.activations.update(w=p.weights.pop("w")),
 }

@@ -11,8 +11,10 @@ import yaml
 from onnxq import recipe, request, schemes
 from onnxq.errors import RecipeError, UsageError
 from onnxq.numerics import dtypes
+from onnxq.numerics.sparsity import Pattern
 from onnxq.recipe import BudgetSpec, Calibration, Fallback, Match, Recipe, Rule
 from onnxq.schemes import Scheme, TensorSpec
+from onnxq.sparsity import Sparsity
 
 FULL = """
 version: 1
@@ -301,3 +303,43 @@ def test_two_levels_of_scales_have_kernels_in_one_form(change: dict[str, object]
 def test_a_size_of_blocks_without_a_kernel_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"^scheme\.weights\.block_size: 48 has no kernel here; use 16, 32"):
         request.resolve(scheme="w4a16", group_size=48)
+
+
+# ---------------------------------------------------------------- sparsity
+
+
+@pytest.mark.parametrize(("section", "wanted"), [
+    ("{share: 50%}", 0.5), ("{share: 0.25, method: wanda}", 0.25), ("{pattern: '2:4'}", Pattern(2, 4)),
+    ("{pattern: '1:4', share: 75%}", Pattern(1, 4)), ("{share: 0%}", None), ("{}", None)])
+def test_shares_and_patterns_of_zeros(section: str, wanted: object) -> None:
+    found = recipe.parse(f"scheme: w8a8\nsparsity: {section}")
+    assert found.sparsity.wanted == wanted
+    assert recipe.parse(found.to_yaml()) == found
+
+
+@pytest.mark.parametrize(("section", "words"), [
+    ("{share: 50}", r"^sparsity\.share: '50' is no share of zeros; write e\.g\. 50% or 0\.5"),
+    ("{share: lots}", r"^sparsity\.share: 'lots' is no share"), ("{share: 100%}", r"^sparsity\.share: '100%' is no"),
+    ("{pattern: 4}", r"^sparsity\.pattern: '4' is no pattern"), ("{pattern: '4:4'}", r"^sparsity\.pattern: 4:4 prunes"),
+    ("{pattern: '2:4', share: 60%}", r"^sparsity\.share: 60% is not what the pattern 2:4 makes, 0\.5"),
+    ("{method: obs}", r"^sparsity\.method: 'obs' is not known; use sparsegpt, wanda, magnitude"),
+    ("{shar: 50%}", r"^sparsity\.shar: there is no such key; did you mean 'share'")])
+def test_other_sparsity_is_refused(section: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        recipe.parse(f"scheme: w8a8\nsparsity: {section}")
+
+
+def test_weights_in_blocks_are_not_pruned() -> None:
+    for name in ("w4a16", "w4a8"):
+        with pytest.raises(RecipeError, match=rf"^sparsity: scheme {name} stores weights in blocks"):
+            recipe.parse(f"scheme: {name}\nsparsity: {{share: 50%}}")
+    assert recipe.parse("scheme: w4a16\nsparsity: {share: 0%}").sparsity.wanted is None
+
+
+def test_options_go_before_the_recipe() -> None:
+    given = Recipe(schemes.scheme("w8a8"), sparsity=Sparsity(pattern="2:4", method="wanda", embeddings=True))
+    assert request.resolve(recipe=given).sparsity == given.sparsity
+    assert request.resolve(recipe=given, sparsity="30%").sparsity == Sparsity("30%", "wanda", None, True)
+    assert request.resolve(recipe=given, prune="magnitude").sparsity == Sparsity(None, "magnitude", "2:4", True)
+    with pytest.raises(UsageError, match=r"^--prune wanda says how, but not how much"):
+        request.resolve(scheme="w8a8", prune="wanda")

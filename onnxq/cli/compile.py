@@ -26,6 +26,7 @@ from onnxq.cli.options import (
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
 from onnxq.recipe import OUTLIERS, ROUNDINGS
 from onnxq.request import OBJECTIVES
+from onnxq.sparsity import PRUNINGS
 from onnxq.targets import TARGETS
 
 
@@ -71,6 +72,13 @@ from onnxq.targets import TARGETS
               help="Store weights in fewer bytes, to be decoded as the model is loaded: it runs as fast as without, "
                    "and loads more slowly; see onnxq pack.  [default: no, or the recipe's]")
 @load_memory_option
+@click.option("--sparsity", metavar="SHARE",
+              help="Prune: make this share of each layer's weights 0, e.g. 50%; saves bytes once packed, not time.")
+@click.option("--prune", type=click.Choice(PRUNINGS),
+              help="By which method: sparsegpt changes the other weights to make up for the zeros; magnitude needs no "
+                   "data.  [default: sparsegpt, or the recipe's]")
+@click.option("--pattern", metavar="N:M",
+              help="Prune so that of every M inputs N stay, e.g. 2:4; instead of --sparsity.")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
@@ -108,6 +116,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
       onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
       onnxq compile model.onnx --scheme w8a8-dynamic --pack --load-memory 500MB
+      onnxq compile model.onnx --calib calib.npz --sparsity 50% --prune sparsegpt
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
@@ -122,7 +131,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
                  "symmetric", "target_bits", "max_size", "pack", "load_memory", "metric", "max_drop", "keep_float",
-                 "fallback")
+                 "fallback", "sparsity", "prune", "pattern")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

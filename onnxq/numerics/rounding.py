@@ -114,14 +114,16 @@ def output_error(w: npt.NDArray[np.float32], codes: npt.NDArray[Any], params: Qu
 
 
 def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, damping: float = 0.01, block: int = 128,
-         lowest: int | None = None, pairs: bool = False) -> npt.NDArray[Any]:
+         lowest: int | None = None, pairs: bool = False,
+         kept: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[Any]:
     """Codes [K, N], params.dtype.storage, rounded one input after the other, each making up for those before it.
 
     w: float32 [K, N]. hessian: [K, K], symmetric, e.g. Hessian.result(); its scale has no influence. params: per
     tensor, per channel along axis 1, or by block along axis 0; each input keeps the scale of its block, in whatever
     order. lowest: the least code allowed; None for the least of the type by block, and where nearest rounding has it in
     that column, and for one more elsewhere. pairs: inputs 2i and 2i + 1 get codes of which those of one sign add up to
-    PAIR at most (zero points 0): the later one of a pair takes what the first left.
+    PAIR at most (zero points 0): the later one of a pair takes what the first left. kept: bool [K, N]; where it is
+    False the level is 0, and others make up for it.
 
     Inputs go by falling diagonal; of each block only what concerns later blocks is left to one product. Inputs with
     a diagonal of 0 are rounded to nearest and make up for nothing. Where the damped hessian has no Cholesky factor,
@@ -134,7 +136,7 @@ def gptq(w: npt.NDArray[np.float32], hessian: Floats, params: QuantParams, dampi
     codes as from the Cholesky factor of the inverse, without an inverse.
     ValueError for shapes that don't fit, NaN or infinities, and a `lowest` that hides 0.
     """
-    grid = _grid(w, params, hessian, lowest, pairs)
+    grid = _grid(w, params, hessian, lowest, pairs, kept=kept)
     diagonal = hessian.diagonal()
     order = np.argsort(-diagonal, kind="stable")
     order = order[diagonal[order] > 0]
@@ -196,6 +198,7 @@ class _Grid:
     high: Floats
     size: int
     pairs: bool
+    kept: npt.NDArray[np.bool_] | None
 
     def fit(self, k: int, wanted: Floats) -> Floats:
         """The allowed levels of input k nearest to `wanted`, [N] each, given the level of its neighbour."""
@@ -205,6 +208,8 @@ class _Grid:
     def limits(self, k: int) -> tuple[Floats, Floats]:
         """The least and the largest level of input k, [N] each; 0 is always between them."""
         low, high = self.low[k // self.size], self.high[k // self.size]
+        if self.kept is not None:
+            low, high = low * self.kept[k], high * self.kept[k]
         if not self.pairs or k ^ 1 >= len(self.levels):
             return low, high
         other = self.levels[k ^ 1]  # 0, which limits nothing, while it is not chosen
@@ -224,9 +229,11 @@ class _Grid:
 
 
 def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowest: int | None, pairs: bool,
-          codes: npt.NDArray[Any] | None = None) -> _Grid:
+          codes: npt.NDArray[Any] | None = None, kept: npt.NDArray[np.bool_] | None = None) -> _Grid:
     """The levels of w [K, N]: those of `codes`, or 0 where none are given. ValueError for what does not fit."""
     w = np.asarray(w, dtype=np.float32)
+    if kept is not None and kept.shape != w.shape:
+        raise ValueError(f"kept {list(kept.shape)} doesn't fit w {list(w.shape)}; give one for each weight")
     if w.ndim != 2 or hessian.shape != (len(w), len(w)) or (codes is not None and codes.shape != w.shape):
         raise ValueError(f"w {list(w.shape)}, hessian {list(hessian.shape)} and codes don't fit; "
                          "use [K, N], [K, K] and [K, N]")
@@ -238,7 +245,7 @@ def _grid(w: npt.NDArray[np.float32], params: QuantParams, hessian: Floats, lowe
     scale, zero_point = (_by_block(part, params, w.shape, size) for part in (params.scale, params.zero_point))
     least = _least(w, params, lowest) - zero_point
     grid = _Grid(np.empty(w.shape), np.zeros(w.shape), scale, scale / scale[:1], zero_point, least,
-                 params.dtype.qmax - zero_point, size, pairs)
+                 params.dtype.qmax - zero_point, size, pairs, kept)
     for b, rows in enumerate(grid.blocks()):
         grid.exact[rows] = w[rows] / scale[b]
         if codes is not None:
@@ -296,11 +303,11 @@ def _dot(a: Floats, b: Floats) -> Floats:
     return np.asarray(np.einsum("kn,kn->n", a, b))
 
 
-def _feedback(hessian: Floats, damping: float) -> Floats | None:
-    """[n, n], lower triangle: what the errors of inputs before each one move it by; None without a Cholesky factor.
+def upper_factor(hessian: Floats, damping: float) -> Floats | None:
+    """U [n, n], upper triangle with a positive diagonal: U U^T is the damped hessian; None where there is none.
 
-    For the upper factor U of the damped hessian U U^T, entry (j, i) is U_ij / U_jj. numpy has lower factors only:
-    with L that of the hessian back to front, U is L back to front.
+    Damping is raised tenfold up to ATTEMPTS times. numpy has lower factors only: with L that of the hessian back to
+    front, U is L back to front.
     """
     for _ in range(ATTEMPTS):
         try:
@@ -309,9 +316,18 @@ def _feedback(hessian: Floats, damping: float) -> Floats | None:
             lower = np.zeros_like(hessian)
         pivots = lower.diagonal()
         if pivots.size == 0 or pivots.min() ** 2 > LEAST_PIVOT * hessian.diagonal().max():
-            return np.asarray(lower[::-1, ::-1].T / pivots[::-1, None])
+            return np.asarray(lower[::-1, ::-1])
         damping = max(10 * damping, LEAST_DAMPING)
     return None
+
+
+def _feedback(hessian: Floats, damping: float) -> Floats | None:
+    """[n, n], lower triangle: what the errors of inputs before each one move it by; None without a Cholesky factor.
+
+    For the upper factor U of the damped hessian U U^T, entry (j, i) is U_ij / U_jj.
+    """
+    upper = upper_factor(hessian, damping)
+    return None if upper is None else np.asarray(upper.T / upper.diagonal()[:, None])
 
 
 def _round_in_turn(grid: _Grid, order: npt.NDArray[np.intp], feedback: Floats, block: int) -> None:

@@ -15,7 +15,7 @@ Decoder = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 Key = TypeVar("Key", bound=Hashable)
 
 _MOST_BYTES = 512 << 20  # of Hessians that are held at once
-_PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
+PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches tell nearly the same
 _LEAST = 1e-30  # of a row's size
 
 
@@ -34,8 +34,8 @@ class Half:
         """Fold in one batch."""
         count = self.view.count(x)
         wanted = np.arange(count)
-        if self.view.kernel and count > _PATCHES:
-            wanted = self._random.choice(count, _PATCHES, replace=False)
+        if self.view.kernel and count > PATCHES:
+            wanted = self._random.choice(count, PATCHES, replace=False)
         if count:
             rows = self.decoded(self.view.rows(x, wanted))
             if self.alike:

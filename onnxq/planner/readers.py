@@ -99,7 +99,7 @@ def every_group(graph: Graph) -> list[Group]:
 
 
 def _group(layers: list[Node]) -> Group | None:
-    views = [_view(node) for node in layers]
+    views = [view_of(node) for node in layers]
     kinds = {node.op == "Conv" for node in layers}
     if len(kinds) > 1 or any(view is None for view in views):
         return None
@@ -107,7 +107,7 @@ def _group(layers: list[Node]) -> Group | None:
     return Group(layers[0].inputs[0], tuple(layers), known, 1 if layers[0].op == "Conv" else -1)
 
 
-def _view(node: Node) -> View | None:
+def view_of(node: Node) -> View | None:
     """How a layer sees its input; None for forms that have no rows of their own."""
     dims = shape_of(node.inputs[1]) or ()
     if dtype_of(node.inputs[1]) != np.float32 or any(not isinstance(d, int) or d < 1 for d in dims):

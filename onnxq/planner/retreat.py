@@ -9,10 +9,12 @@ from onnxq.planner import masks
 
 
 def all_float(plan: Plan, reason: str) -> Plan:
-    """The Plan without anything quantized or stored; what the model's maker quantized stays, and rewrites of masks."""
+    """The Plan without anything quantized or stored; what the model's maker quantized stays, and rewrites of masks, and
+    zeros."""
     return Plan(plan.scheme, plan.target, {
         n.node: NodePlan(n.node, n.op, FLOAT, FLOAT, reason) if n.is_int or n.scheme == STORED else n
-        for n in plan.nodes.values()}, added=dict(plan.added), maskings=dict(plan.maskings))
+        for n in plan.nodes.values()}, added=dict(plan.added), maskings=dict(plan.maskings),
+        pruned=dict(plan.pruned))
 
 
 def without_masks(plan: Plan) -> Plan:

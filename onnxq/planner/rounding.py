@@ -43,7 +43,8 @@ class _Task:
 def round_weights(graph: Graph, plan: Plan, by: Searching) -> None:
     """Note codes in the Plan for layers whose results these keep better than rounding to nearest does.
 
-    `graph` is the one that the Plan is for. Layers that share what they read, and how, share a Hessian.
+    `graph` is the one that the Plan is for. Layers that share what they read, and how, share a Hessian. In a pruned
+    model weights of 0 keep the code of 0.
     """
     tasks: dict[tuple[str, View], list[_Task]] = {}
     for group in groups(graph, plan.nodes):
@@ -91,11 +92,12 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
         params = QuantParams(params.scale, params.zero_point, params.dtype, None if params.axis is None else 1)
     first, second = (half.result()[np.ix_(order, order)] for half in (seen, unseen))
     nearest = affine.quantize(values, params)
-    tried = _search(values, first, params, pairs)
+    kept = values != 0 if plan.pruned else None
+    tried = _search(values, first, params, pairs, kept)
     before, after = (rounding.output_error(values, codes, params, second).sum() for codes in (nearest, tried))
     if not after < _BETTER * before:
         return None
-    codes = _search(values, first + second, params, pairs)
+    codes = _search(values, first + second, params, pairs, kept)
     if task.node.op == "Conv":
         back = np.empty_like(codes)
         back[order] = codes
@@ -104,5 +106,5 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
 
 
 def _search(values: npt.NDArray[np.float32], hessian: npt.NDArray[np.float64], params: QuantParams,
-            pairs: bool) -> Codes:
-    return np.asarray(rounding.gptq(values, hessian, params, _DAMPING, pairs=pairs), np.int8)
+            pairs: bool, kept: npt.NDArray[np.bool_] | None) -> Codes:
+    return np.asarray(rounding.gptq(values, hessian, params, _DAMPING, pairs=pairs, kept=kept), np.int8)

@@ -13,7 +13,7 @@ from onnxq.schemes import FLOAT, Scheme
 from onnxq.schemes import scheme as named_scheme
 
 # what rewrites of the float graph append to a weight's name
-_SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".scaled", ".smoothed", ".split")
+_SUFFIXES = (".absorbed", ".bn", ".folded", ".kn", ".pruned", ".scaled", ".smoothed", ".split")
 
 _NUMBER, _WORD_AND_NUMBER = re.compile(r"(?:^|/)(\d+)(?=/)"), re.compile(r"(?:^|/)[A-Za-z_]+(\d+)(?=/)")
 

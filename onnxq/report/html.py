@@ -52,7 +52,8 @@ def render(report: Report) -> str:
         f'<div class=cards>{_verdict(report)}{_size(report)}{_latency(report)}{_accuracy(report)}</div>',
         _messages("Failed checks", report.verdict.failures, "bad"),
         _messages("Notices", report.verdict.notices, ""),
-        _outputs(report), _semantic(report), _nodes(report), _layers(report), _packing(report), _stages(report),
+        _outputs(report), _semantic(report), _nodes(report), _pruned(report), _packing(report), _layers(report),
+        _stages(report),
         _environment(report.environment), _recipe(report.recipe))
     return page(name, parts)
 
@@ -173,6 +174,14 @@ def _layers(report: Report) -> str:
     inner = table(("output", "made by", "SQNR", "cosine", "max error"), rows, (2, 3, 4))
     return ("<h2>Layers</h2><p class=faint>Each with the error of those before it.</p>"
             f"<details><summary>{wording.plural(len(rows), 'layer')}</summary>{inner}</details>")
+
+
+def _pruned(report: Report) -> str:
+    if not report.pruned:
+        return ""
+    inner = table(wording.PRUNED_TITLES, [wording.pruned_cells(row) for row in report.pruned], (1, 2, 4))
+    return (f"<h2>Pruned</h2><p class=faint>{text(wording.pruned(report.pruned))}</p>"
+            f"<details><summary>{wording.plural(len(report.pruned), 'weight')}</summary>{inner}</details>")
 
 
 def _packing(report: Report) -> str:

@@ -156,6 +156,20 @@ class LayerRow:
 
 
 @dataclass
+class PrunedRow:
+    """A weight of which some became 0: the layers that read it, how many numbers it has, their share of zeros, by which
+    method, and the squared change of what the layers make over its squares, on calibration data (None: not observed).
+    """
+
+    weight: str
+    layers: list[str]
+    count: int
+    zeros: float
+    method: str
+    error: float | None
+
+
+@dataclass
 class Verdict:
     """ok is False when a check failed; notices are what the user should know all the same."""
 
@@ -194,6 +208,7 @@ class Report:
     nodes: list[NodeRow] = field(default_factory=list)
     tensors: dict[str, Encoding] = field(default_factory=dict)
     layers: list[LayerRow] = field(default_factory=list)
+    pruned: list[PrunedRow] = field(default_factory=list)
     packing: dict[str, Any] | None = None
     verdict: Verdict = field(default_factory=Verdict)
     environment: dict[str, Any] = field(default_factory=dict)

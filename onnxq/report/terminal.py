@@ -26,6 +26,7 @@ from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
 MAX_OUTPUTS = 4
+MAX_PRUNED = 5
 MAX_NEIGHBOURS = 5
 _FILE_WIDTH = 200  # where there is no terminal, only tables of very long names are folded
 
@@ -41,6 +42,7 @@ def summary(report: Report, details: str = "--report DIR or --json") -> str:
         for note in _conditions(report):
             _line(console, note, "dim")
         _groups(console, report, details)
+        _pruned(console, report, details)
         _layers(console, report)
         for text in packing.summary(report.packing) if report.packing is not None else ():
             _line(console, text, "dim")
@@ -279,6 +281,17 @@ def _layers(console: Console, report: Report) -> None:
     _line(console)
     _line(console, "layers, with the error of those before them", "bold")
     console.print(_table(("output", "made by", "SQNR", "cosine", "max error"), rows))
+
+
+def _pruned(console: Console, report: Report, details: str) -> None:
+    if not report.pruned:
+        return
+    ordered = sorted(report.pruned, key=lambda row: row.error or 0.0, reverse=True)
+    _line(console)
+    _line(console, wording.pruned(report.pruned), "bold")
+    console.print(_table(wording.PRUNED_TITLES, [wording.pruned_cells(row) for row in ordered[:MAX_PRUNED]]))
+    if len(ordered) > MAX_PRUNED:
+        _line(console, f"  +{len(ordered) - MAX_PRUNED} more, see {details}", "dim")
 
 
 def _part(console: Console, part: dict[str, Any]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from onnxq import sizes
-from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, Size
+from onnxq.report.report import Accuracy, Latency, NodeRow, OutputAccuracy, PrunedRow, Size
 
 INT8, STORED, GIVEN, FLOAT, FOLDED = "quantized", "stored", "given", "float", "folded"
 KINDS = (INT8, STORED, GIVEN, FLOAT, FOLDED)
@@ -201,6 +201,22 @@ def drop(found: Accuracy) -> str:
     if _SHARES.fullmatch(found.metric):
         return f"{abs(found.drop) * 100:.2f} points {way}"
     return f"{abs(found.drop):.3g} {way}"
+
+
+PRUNED_TITLES = ("pruned layer", "weights", "zeros", "method", "error")
+
+
+def pruned(rows: Sequence[PrunedRow]) -> str:
+    """'56 weights pruned: 50.0 % of 6.74 M numbers are 0'."""
+    count = sum(row.count for row in rows)
+    zeros = sum(row.zeros * row.count for row in rows) / max(count, 1)
+    return f"{plural(len(rows), 'weight')} pruned: {zeros:.1%} of {count:,} numbers are 0"
+
+
+def pruned_cells(row: PrunedRow) -> list[str]:
+    """One pruned weight, as PRUNED_TITLES say; the error is that of what its layers make."""
+    error = "not observed" if row.error is None else f"{row.error:.2%}"
+    return [clean(", ".join(row.layers)), f"{row.count:,}", f"{row.zeros:.1%}", row.method, error]
 
 
 def decibels(db: float | None) -> str:

@@ -294,6 +294,30 @@ def test_one_row_is_enough(seed):
     assert (off <= 0.5 * np.sqrt(np.square(row).min() + 24 * 68e-6)).all()
 
 
+@given(SEEDS, st.booleans())
+@no_deadline
+def test_zeros_that_are_to_stay_do_and_others_make_up_for_them(seed, pairs):
+    """Codes are those of the reference whose levels end at 0 there."""
+    w, x = layer(seed)
+    kept = np.random.default_rng(seed).random(w.shape) < 0.6
+    w = np.where(kept, w, np.float32(0))
+    params, hessian = symmetric(w, pairs=pairs), hessian_of(x)
+    codes = gptq(w, hessian, params, pairs=pairs, kept=kept)
+    assert (codes[~kept] == 0).all()
+    if pairs:
+        assert pairs_hold(codes)
+    else:
+        live = hessian.diagonal() > 0
+        wanted = reference_gptq(w, hessian, params.scale, np.where(kept, -127, 0), np.where(kept, 127, 0))
+        assert (codes[live] != wanted[live]).mean() <= 0.02  # of ties that float64 breaks otherwise
+
+
+def test_a_mask_of_another_shape_is_refused():
+    w = np.ones((4, 2), np.float32)
+    with pytest.raises(ValueError, match="kept"):
+        gptq(w, np.eye(4), symmetric(w), kept=np.ones((2, 4), bool))
+
+
 def test_a_layer_without_inputs_or_outputs():
     for shape in ((0, 3), (3, 0)):
         w = np.zeros(shape, np.float32)

@@ -188,6 +188,6 @@ def test_many_patches_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """The same ones each time."""
     of = case(conv(), tmp_path, together(64, K, 7, 7, axis=1), batch=16)
     plan = planned(of)
-    monkeypatch.setattr(hessians, "_PATCHES", 100)
+    monkeypatch.setattr(hessians, "PATCHES", 100)
     codes = [rounded(of.graph, plan, of.by)["w"] for _ in range(2)]
     np.testing.assert_array_equal(codes[0], codes[1])

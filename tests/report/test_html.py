@@ -12,6 +12,7 @@ from onnxq.report.report import (
     LayerRow,
     NodeRow,
     OutputAccuracy,
+    PrunedRow,
     Report,
     Semantic,
     Size,
@@ -66,6 +67,8 @@ def full_report():
         nodes=[node("m1"), node("m2"), node("s1", "Softmax", "float", "float", "Softmax stays float"),
                node("b1", "BatchNormalization", "folded", "", "folded into its neighbours")],
         layers=[LayerRow("h1", "MatMul", 41.5, 0.9999, 0.01)],
+        pruned=[PrunedRow("w1", ["m1", "m2"], 1000, 0.5, "sparsegpt", 0.0123),
+                PrunedRow("w2", ["s1"], 3000, 0.7, "magnitude", None)],
         verdict=Verdict(notices=["do look at this"]),
         environment={"onnxruntime": "1.31", "cpu_flags": ["avx2", "avx512f"]},
         recipe={"version": 1, "scheme": {"name": "w8a8"}},
@@ -78,7 +81,8 @@ def test_everything_that_is_known_is_on_the_page():
                   "4.00 ms to 2.00 ms", "1.90x to 2.10x", "x 8x64", "2 threads", "top1 89.50 %", "0.50 points worse",
                   "500 rows of eval.npz", "a note on accuracy", "31.2 dB", "72.5 dB", "identical",
                   "2 MatMul -> QLinearMatMul", "1 Softmax: Softmax stays float", "folded into its neighbours",
-                  "41.5 dB", "do look at this", "avx2, avx512f", "name: w8a8", "3.00 s", "4.0 s in all"):
+                  "41.5 dB", "do look at this", "avx2, avx512f", "name: w8a8", "3.00 s", "4.0 s in all",
+                  "2 weights pruned: 65.0% of 4,000 numbers are 0", "m1, m2", "1.23%", "not observed"):
         assert words in text, words
 
 
@@ -174,7 +178,7 @@ def test_two_thousand_nodes_are_grouped_and_folded():
     assert "1500 MatMul -> QLinearMatMul" in page.text
     assert "499 Softmax: Softmax stays float" in page.text
     assert "2000 nodes: 1500 quantized, 500 float" in page.text
-    assert page.tags.count("details") == 3 + 1  # and the layers
+    assert page.tags.count("details") == 3 + 2  # and the layers, and what was pruned
     assert not any(name == "open" for name, _ in page.attributes)
     assert all(f"layer{k}/MatMul" in html for k in (0, 1499))
     assert len(html) < 1_000_000

@@ -7,7 +7,7 @@ import pytest
 
 from onnxq.progress import Silent
 from onnxq.report import terminal, wording
-from onnxq.report.report import Accuracy, Latency, LayerRow, NodeRow, OutputAccuracy, Report, Size
+from onnxq.report.report import Accuracy, Latency, LayerRow, NodeRow, OutputAccuracy, PrunedRow, Report, Size
 
 
 def node(name="n", op="MatMul", scheme="w8a8", lowering="QLinearMatMul", ran_as=None, reason=""):
@@ -146,6 +146,15 @@ def test_summary_has_the_figures():
     assert "accuracy on 500 rows of eval.npz" in text
     assert text.splitlines()[0] == "in.onnx -> w8a8"
     assert text.splitlines()[-2:] == ["1 node: 1 quantized", "  1 MatMul -> QLinearMatMul"]
+
+
+def test_pruned_layers_are_listed_by_their_error():
+    rows = [PrunedRow(f"w{k}", [f"fc{k}"], 1000, 0.5, "wanda", k / 1000) for k in range(7)]
+    rows.append(PrunedRow("t", ["embed"], 9, 1 / 3, "magnitude", None))
+    lines = terminal.summary(report(pruned=rows)).splitlines()
+    assert "8 weights pruned: 50.0% of 7,009 numbers are 0" in lines
+    assert lines[-6].split() == ["fc6", "1,000", "50.0%", "wanda", "0.60%"]
+    assert lines[-1] == "  +3 more, see --report DIR or --json"
 
 
 def test_summary_of_nothing_measured():

@@ -1,0 +1,69 @@
+"""The section `sparsity` of a recipe: how many weights become 0, and which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onnxq.errors import RecipeError
+from onnxq.numerics.sparsity import Pattern, Wanted
+
+SPARSEGPT, WANDA, MAGNITUDE = "sparsegpt", "wanda", "magnitude"
+PRUNINGS = (SPARSEGPT, WANDA, MAGNITUDE)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Weights of linear layers and convolutions that become 0. Those whose results are the model's outputs are spared.
+
+    share: of zeros in each weight, such as 50% (None or 0: that of the pattern, or nothing is pruned). pattern: N:M,
+    such as 2:4: of every M inputs in a row N stay, for each output; M divides the inputs of a layer or the channels of
+    a convolution, or it is spared. method: sparsegpt (what costs the results least, the other weights making up for
+    it), wanda (the smallest weights times the size of their inputs) or magnitude (the smallest weights, without data).
+    embeddings: whether tables of embeddings are pruned, too, by magnitude.
+    """
+
+    share: str | None = None
+    method: str = SPARSEGPT
+    pattern: str | None = None
+    embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError naming the key that can't be used."""
+        if self.method not in PRUNINGS:
+            raise RecipeError(f"sparsity.method: {self.method!r} is not known; use {', '.join(PRUNINGS)}")
+        share = _share(self.share) if self.share is not None else 0.0
+        if self.pattern is None:
+            return
+        try:
+            pattern = Pattern.parse(self.pattern)
+        except ValueError as e:
+            raise RecipeError(f"sparsity.pattern: {e}") from None
+        if share and abs(share - pattern.share) > 1e-9:
+            raise RecipeError(f"sparsity.share: {self.share} is not what the pattern {pattern} makes, "
+                              f"{pattern.share:.4g}; leave one of the two out")
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """The share of zeros in each weight, or the pattern; None where nothing is pruned."""
+        if self.pattern is not None:
+            return Pattern.parse(self.pattern)
+        return (_share(self.share) or None) if self.share is not None else None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method looks at what layers read."""
+        return self.wanted is not None and self.method != MAGNITUDE
+
+
+def _share(text: str) -> float:
+    """0.5 of '50%' or '0.5'. Raises RecipeError."""
+    try:
+        found = float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise RecipeError(f"sparsity.share: {text!r} is no share of zeros; write e.g. 50% or 0.5")
+    return found
+
+
+DENSE = Sparsity()  # nothing is pruned
