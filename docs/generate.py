@@ -19,6 +19,7 @@ from onnxq import errors, presets, recipe, schemes
 from onnxq.cli import cli
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
+from onnxq.passes.pack import pack
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
@@ -73,7 +74,7 @@ def _fields(kind: type) -> str:
 def passes() -> str:
     """Every pass in its order, by stage."""
     stages = {"canonicalize": canonicalize(), "transform": [Prune(), Smooth(), *transform()], "quantize": quantize(),
-              "lower": lower("qoperator")}
+              "lower": lower("qoperator"), "pack": pack()}
     parts = ["# Passes", "In the order in which they run. `--dump DIR --dump-after NAME` writes the graph behind one."]
     for stage, members in stages.items():
         parts.append(f"## {stage}")

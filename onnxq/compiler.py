@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from onnxq.graph import Graph, Node, load, raise_opset, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import EMITTER_VERSION, lower
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
-from onnxq.passes.pack import pack
+from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.pack.codes import opset_for_codes
+from onnxq.passes.pack.weights import OPSET
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
@@ -45,6 +46,7 @@ from onnxq.runtime.timings import TimingCache
 from onnxq.schemes import scheme as named_scheme
 from onnxq.settling import Settling
 from onnxq.spool import Spool
+from onnxq.targets import Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
 
@@ -57,12 +59,12 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
             target_bits: float | None = None, max_size: str | None = None, sparsity: str | None = None,
             prune: str | None = None, pattern: str | None = None, prune_channels: str | None = None,
-            eval: Any = None, metric: str | None = None, max_drop: str | None = None, target: str = "cpu",
-            threads: int = 0, format: str = AUTO,
+            pack: bool | None = None, load_memory: str | None = None, eval: Any = None, metric: str | None = None,
+            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
             keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
-            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
-            objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
-            dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
+            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None, objective: str = "balanced",
+            shapes: Mapping[str, int | Sequence[int]] | None = None, dump: str | Path | None = None,
+            dump_after: str | None = None, max_memory: int | str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
@@ -71,8 +73,9 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     those of a recipe; `group_size` and `symmetric` replace those of a weight-only scheme, in which `target_bits`
     (per weight) and `max_size` (of the file, such as 40MB) have formats chosen for each weight. `sparsity` is the
     share of zeros that layers' weights get (such as 50%), `pattern` that of every M inputs N stay (such as 2:4),
-    and `prune` the method; `prune_channels` the share of channels that are taken out. `calib` and `eval` are DATA (see
-    onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
+    and `prune` the method; `prune_channels` the share of channels that are taken out. `pack` stores weights in fewer
+    bytes, which the runtime decodes as it loads the model, in about `load_memory` ("500MB"). `calib` and `eval` are
+    DATA (see onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
     model gives the same bytes, without data, on any machine.
     Nodes run in integers where the target was measured to be faster then, on the shapes of the data or those of
@@ -83,27 +86,29 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
-    if saved is not None and scheme == AUTO and recipe is None:
-        scheme = saved.scheme
+    scheme = saved.scheme if saved is not None and scheme == AUTO and recipe is None else scheme
     chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
                      rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
                      max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern,
-                     prune_channels=prune_channels)
+                     prune_channels=prune_channels, pack=pack, load_memory=load_memory)
     destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
-    here = target_here(target)
-    here = replace(here, fused=frozenset(), portable=True) if format == "qdq" else here  # standard operators alone
+    here = _standard(target_here(target)) if format == "qdq" else target_here(target)
     request = Request(
         Path(model), Path(output or destination), chosen, here, SessionOptions(here.provider, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
-        here.format if format == AUTO else format, measure,
-        Path(dump) if dump is not None else None, dump_after,
+        here.format if format == AUTO else format, measure, Path(dump) if dump is not None else None, dump_after,
         _coarser(chosen) if scheme == AUTO and recipe is None and calib is None and measure else None, saved,
         Path(save_plan) if save_plan is not None else None, objective, several(shapes or {}),
         sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
     check(request, format, force)
     with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
         return _Compilation(request, progress or Silent()).run()
+
+
+def _standard(target: Target) -> Target:
+    """A target that runs standard operators alone."""
+    return replace(target, fused=frozenset(), portable=True)
 
 
 def _coarser(chosen: Recipe) -> Recipe:
@@ -298,12 +303,16 @@ class _Compilation:
         return graph
 
     def _packed(self, graph: Graph) -> Graph:
-        """Codes below 8 bits in as many bits, which operators take from some opset on."""
+        """Codes below 8 bits in as many bits, and weights in fewer bytes, which operators take from some opset on."""
+        wanted = self.recipe.pack
         try:
-            graph = raise_opset(graph, opset_for_codes(self.context.plan))
+            graph = raise_opset(graph, max(opset_for_codes(self.context.plan), OPSET if wanted else 0))
         except GraphError as e:
-            self.report.verdict.notices.append(f"codes of weights that are decoded at load take 8 bits each: {e}")
-        self._passes(pack(), graph)
+            what = "weights are not packed" if wanted else "codes of weights that are decoded at load take 8 bits each"
+            self.report.verdict.notices.append(f"{what}: {e}")
+        most = self.recipe.load_memory
+        self._passes(pack_passes(wanted, sizes.parse(most) if most is not None else None), graph)
+        self.report.packing = asdict(self.context.packing) if wanted else None
         return graph
 
     def _build(self, plan: Plan, path: Path) -> None:

@@ -162,7 +162,7 @@ class Planning:
         PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
         with contextlib.suppress(GraphError):  # as the compiler does; codes then take a byte each
             graph = raise_opset(graph, opset_for_codes(plan))
-        PassManager(pack()).run(graph, context)
+        PassManager(pack(weights=False)).run(graph, context)
         return file_bytes(graph) + len(json.dumps(self.recipe.to_dict())) + _NOTED
 
     def _finished(self, found: Outline) -> Plan:

@@ -211,6 +211,14 @@ class BudgetSpec:
     max_drop: str | None = None
 
 
+def _bytes(key: str, text: str | None) -> int | None:
+    """Bytes that the text of a key says, None where it has none. Raises RecipeError naming the key."""
+    try:
+        return None if text is None else sizes.parse(text)
+    except UsageError as e:
+        raise RecipeError(f"{key}: {e}") from None
+
+
 @dataclass(frozen=True)
 class Bits:
     """Formats chosen for each weight, so that all of them fit a budget at the least damage.
@@ -230,11 +238,7 @@ class Bits:
         """Raises RecipeError naming the key that can't be used."""
         if self.target is not None and not 0 < self.target < math.inf:
             raise RecipeError(f"bits.target: {self.target:g} bits hold no weight; give a number above 0, such as 4.5")
-        if self.max_size is not None:
-            try:
-                sizes.parse(self.max_size)
-            except UsageError as e:
-                raise RecipeError(f"bits.max_size: {e}") from None
+        _bytes("bits.max_size", self.max_size)
         for k, name in enumerate(self.choices):
             if name not in weight_only_names():
                 raise RecipeError(f"bits.choices[{k}]: {name!r} is no scheme of weights in blocks; use some of "
@@ -263,7 +267,8 @@ class Recipe:
 
     attention: float, or int8 for its products of computed tensors (Q K^T and P V), where it measures faster; Softmax
     stays float. rounding: of weights; auto (GPTQ where it keeps a layer's results better on data that it has not seen)
-    or nearest.
+    or nearest. pack: whether weights are stored in fewer bytes, to be decoded as the runtime loads the model;
+    load_memory: what that may take, such as 500MB, by estimate (None: see --load-memory).
     """
 
     scheme: Scheme
@@ -280,6 +285,8 @@ class Recipe:
     budget: BudgetSpec = BudgetSpec()
     bits: Bits = Bits()
     sparsity: Sparsity = DENSE
+    pack: bool = False
+    load_memory: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RecipeError for what is not known, and for bits to choose or zeros that the scheme has no use for."""
@@ -290,6 +297,9 @@ class Recipe:
         if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
             raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
                               "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
+        _bytes("load_memory", self.load_memory)
+        if self.load_memory is not None and not self.pack:
+            raise RecipeError("load_memory: nothing is packed; give --pack, or `pack: true` beside it")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:

@@ -13,7 +13,7 @@ from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
-from onnxq.passes.pack import pack
+from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
@@ -68,7 +68,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
             max_size: str | None = None, sparsity: str | None = None, prune: str | None = None,
-            pattern: str | None = None, prune_channels: str | None = None) -> Recipe:
+            pattern: str | None = None, prune_channels: str | None = None, pack: bool | None = None,
+            load_memory: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
@@ -97,6 +98,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
     return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
                    sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern, prune_channels),
+                   pack=chosen.pack if pack is None else pack, load_memory=load_memory or chosen.load_memory,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
@@ -152,14 +154,15 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
         raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
     if request.model.exists():  # loading says what is wrong with a model that does not
-        _check_output(request, force)
+        check_output(request.model, request.output, force)
 
 
-def _check_output(request: Request, force: bool) -> None:
-    output, folder = request.output, request.output.parent
+def check_output(model: Path, output: Path, force: bool) -> None:
+    """Refuse a file that can't be written or may not be replaced. Raises OutputError and UsageError."""
+    folder = output.parent
     if output.is_dir():
         raise OutputError(f"{output} is a folder; name the file to write, e.g. -o {output / 'model.onnx'}")
-    if output.exists() and output.samefile(request.model):
+    if output.exists() and output.samefile(model):
         raise UsageError("the result would replace the model itself; choose another -o")
     if output.exists() and not force:
         raise OutputError(f"{output} exists; give --force to replace it, or another -o")
@@ -172,4 +175,4 @@ def _check_output(request: Request, force: bool) -> None:
 
 def _pass_names(output_format: str) -> list[str]:
     return [p.name for p in (*canonicalize(), RemoveChannels(), Prune(), Smooth(), *transform(), *quantize(),
-                             *lower(output_format), *pack())]
+                             *lower(output_format), *pack_passes())]

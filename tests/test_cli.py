@@ -23,7 +23,8 @@ from onnxq.runtime.timings import TimingCache, default_folder
 from onnxq.schemes import scheme, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "generate", "inspect", "explain", "schemes", "cache")
+COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "pack", "unpack", "generate", "inspect", "explain",
+            "schemes", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
              "sweep": ("onnxq.sweep", "sweep"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
@@ -34,7 +35,8 @@ COMPILE_DEFAULTS = {
     "max_size": None, "sparsity": None, "prune": None, "pattern": None, "metric": None, "max_drop": None,
     "target": "cpu", "threads": 0, "format": "auto",
     "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
-    "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None}
+    "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None,
+    "pack": None, "load_memory": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
@@ -145,6 +147,8 @@ def report(failures=(), notices=(), output="model.w8a8.onnx"):
     (["--objective", "size"], {"objective": "size"}),
     (["--shape", "batch=1", "--shape", "seq=64,128"], {"shapes": {"batch": (1,), "seq": (64, 128)}}),
     (["--plan", "p"], {"plan": "p"}),
+    (["--pack", "--load-memory", "1GB"], {"pack": True, "load_memory": "1GB"}),
+    (["--no-pack"], {"pack": False}),
     (["--dump", "d"], {"dump": "d"}),
     (["--dump", "d", "--dump-after", "fold"], {"dump": "d", "dump_after": "fold"}),
     (["--json", "-q", "--debug"], {}),
@@ -288,9 +292,9 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
     assert result.status == 0
     assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
                            "ranges": None, "outliers": "smooth", "rounding": "auto", "group_size": 64,
-                           "symmetric": False, "target_bits": None, "max_size": None, "metric": "f1",
-                           "max_drop": "1%", "keep_float": ("x*",), "fallback": None, "sparsity": None,
-                           "prune": None, "pattern": None})]
+                           "symmetric": False, "target_bits": None, "max_size": None, "pack": None,
+                           "load_memory": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
+                           "fallback": None, "sparsity": None, "prune": None, "pattern": None})]
     assert compiled == []
 
 

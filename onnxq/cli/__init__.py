@@ -6,10 +6,12 @@ from onnxq.cli.compile import compile_model
 from onnxq.cli.generate import generate_text
 from onnxq.cli.group import cli, main
 from onnxq.cli.models import bench_models, explain_node, inspect_model, verify_models
+from onnxq.cli.pack import pack_model, unpack_model
 from onnxq.cli.schemes import list_schemes
 from onnxq.cli.sweep import sweep_model
 
-for _command in (compile_model, analyze_model, sweep_model, verify_models, bench_models, generate_text, inspect_model,
+for _command in (compile_model, analyze_model, sweep_model, verify_models, bench_models, pack_model,
+                 unpack_model, generate_text, inspect_model,
                  explain_node, list_schemes, show_cache):
     cli.add_command(_command)
 

@@ -11,8 +11,10 @@ from onnxq.cli.options import (
     DATA,
     POSITIVE,
     debug_option,
+    force_option,
     group_size_option,
     json_option,
+    load_memory_option,
     max_drop_option,
     metric_option,
     quiet_option,
@@ -31,7 +33,7 @@ from onnxq.targets import TARGETS
 @click.command("compile", short_help="Make a model smaller and faster, and report on it.")
 @click.argument("model", required=False, metavar="MODEL")
 @click.option("-o", "--output", metavar="OUT", help="The file to write.  [default: MODEL.SCHEME.onnx beside the model]")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
+@force_option
 @click.option("--scheme", metavar="NAME",
               help="A named scheme; onnxq schemes lists them.  [default: auto, which is w8a8 with --calib; "
                    "without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")
@@ -66,6 +68,10 @@ from onnxq.targets import TARGETS
               help="Choose a format for each weight of a weight-only scheme: so many bits per weight on average, with "
                    "scales, more where they matter.")
 @click.option("--max-size", metavar="SIZE", help="The same, for a file of at most this size, such as 40MB.")
+@click.option("--pack/--no-pack", default=None,
+              help="Store weights in fewer bytes, to be decoded as the model is loaded: it runs as fast as without, "
+                   "and loads more slowly; see onnxq pack.  [default: no, or the recipe's]")
+@load_memory_option
 @click.option("--sparsity", metavar="SHARE",
               help="Prune: make this share of each layer's weights 0, e.g. 50%; saves bytes once packed, not time.")
 @click.option("--prune", type=click.Choice(PRUNINGS),
@@ -111,6 +117,7 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --calib calib.npz --fallback 3
       onnxq compile model.onnx --scheme w4a16 --group-size 64 --symmetric
       onnxq compile model.onnx --scheme w4a16 --calib calib.npz --max-size 40MB
+      onnxq compile model.onnx --scheme w8a8-dynamic --pack --load-memory 500MB
       onnxq compile model.onnx --calib calib.npz --sparsity 50% --prune sparsegpt
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
@@ -125,8 +132,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     options |= {"scheme": scheme or "auto", "recipe": recipe}
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
-                 "symmetric", "target_bits", "max_size", "metric", "max_drop", "keep_float", "fallback", "sparsity",
-                 "prune", "pattern", "prune_channels")
+                 "symmetric", "target_bits", "max_size", "pack", "load_memory", "metric", "max_drop", "keep_float",
+                 "fallback", "sparsity", "prune", "pattern", "prune_channels")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

@@ -56,6 +56,11 @@ group_size_option = click.option(
 symmetric_option = click.option(
     "--symmetric/--asymmetric", default=None,
     help="Blocks without or with a zero point, for weight-only schemes.  [default: the scheme's]")
+force_option = click.option("--force", is_flag=True, help="Replace an existing file.")
+load_memory_option = click.option(
+    "--load-memory", metavar="SIZE",
+    help="What loading the packed model may take, such as 500MB, by estimate: the more, the smaller the file.  "
+         "[default: over an empty process 2.5 times what the dense model takes, or 16 MB]")
 threads_option = click.option("--threads", type=POSITIVE, metavar="N",
                               help="Threads of the runtime.  [default: the runtime's own choice]")
 metric_option = click.option(

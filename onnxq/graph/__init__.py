@@ -4,7 +4,9 @@ from onnxq.graph.cut import alone, cut, expose_codes, repeat, up_to, weight_byte
 from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.identity import identity
 from onnxq.graph.load import load, read_nodes, stored_bytes
-from onnxq.graph.save import file_bytes, save
+from onnxq.graph.packed import SPARSE, PackedWeight, packed_weights
+from onnxq.graph.packing import decoder_bytes, pack_weight
+from onnxq.graph.save import constants, file_bytes, save
 from onnxq.graph.shared import Shared
 from onnxq.graph.switched import Switch, switched
 from onnxq.graph.tensors import (
@@ -12,6 +14,8 @@ from onnxq.graph.tensors import (
     HALF,
     dtype_of,
     is_constant,
+    is_sparse,
+    make_sparse,
     narrow,
     port_of,
     shape_of,
@@ -22,7 +26,8 @@ from onnxq.graph.tensors import (
 from onnxq.graph.types import element_types
 from onnxq.graph.versions import raise_opset
 
-__all__ = ["CONTRIB", "FLOAT32", "HALF", "Graph", "Node", "Shared", "Switch", "Tensor", "alone", "cut", "dtype_of",
-           "element_types", "expose_codes", "file_bytes", "identity", "is_constant", "load", "narrow", "port_of",
-           "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "switched", "type_number",
-           "up_to", "weight_bytes", "widen", "widen_attribute"]
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "SPARSE", "Graph", "Node", "PackedWeight", "Shared", "Switch", "Tensor",
+           "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types", "expose_codes", "file_bytes",
+           "identity", "is_constant", "is_sparse", "load", "make_sparse", "narrow", "pack_weight", "packed_weights",
+           "port_of", "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "switched",
+           "type_number", "up_to", "weight_bytes", "widen", "widen_attribute"]

@@ -281,7 +281,7 @@ class Graph:
 
     def sort(self) -> None:
         """Bring nodes into execution order, keeping the present order where it is one. Raises GraphError on a cycle."""
-        self.ir.nodes[:] = in_order(self.ir.nodes, self._reads)
+        self.ir.nodes[:] = in_order(self.ir.nodes, self.reads)
 
     def prune(self) -> bool:
         """Drop nodes whose results nobody reads; whether any was dropped."""
@@ -342,7 +342,7 @@ class Graph:
             if node.name in seen:
                 faults.append(f"two nodes are named {node.name!r}")
             seen.add(node.name)
-            for t in self._reads(node):
+            for t in self.reads(node):
                 if t.name and not is_constant(t) and t.name not in known:
                     faults.append(f"{node.name} reads {t.name!r} before it is made")
             for t in node.outputs:
@@ -382,7 +382,7 @@ class Graph:
             yield from node.inputs
             yield from node.outputs
 
-    def _reads(self, node: Node) -> Iterator[Tensor]:
+    def reads(self, node: Node) -> Iterator[Tensor]:
         """Inputs of a node and the outer tensors that its bodies capture."""
         yield from node.inputs
         for value in node.attrs.values():
@@ -390,7 +390,7 @@ class Graph:
                 made = {t.name for n in value.nodes for t in n.outputs} | {t.name for t in value.inputs}
                 body = Graph(value, self.folder)
                 for inner in value.nodes:
-                    yield from (t for t in body._reads(inner) if t.name not in made)
+                    yield from (t for t in body.reads(inner) if t.name not in made)
 
     def _claim(self, name: str) -> None:
         if name in self._names:

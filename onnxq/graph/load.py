@@ -1,9 +1,9 @@
 """From a file to a Graph: everything that differs between exporters is settled here, once.
 
-Model-local functions are inlined, weights in Constant nodes and sparse weights become plain initializers,
-initializers listed as graph inputs are inputs no more, opsets below 13 are raised to 13 (per-channel
-DequantizeLinear begins there), every node and every tensor gets a unique name, those in bodies of If and Loop too,
-shapes are inferred where they can be.
+Packed weights are dense again, model-local functions are inlined, weights in Constant nodes and sparse weights become
+plain initializers, initializers listed as graph inputs are inputs no more, opsets below 13 are raised to 13
+(per-channel DequantizeLinear begins there), every node and every tensor gets a unique name, those in bodies of If and
+Loop too, shapes are inferred where they can be.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from onnx_graphsurgeon.logger import G_LOGGER
 from onnxq.errors import GraphError, ModelError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import name_nodes, name_tensors, with_bodies
+from onnxq.graph.packed import unpack
 from onnxq.graph.parse import parse
+from onnxq.graph.save import constants_of
+from onnxq.graph.tensors import store
 
 OLDEST_OPSET = 7
 WORKING_OPSET = 13  # the first with per-channel QuantizeLinear/DequantizeLinear
@@ -50,9 +53,15 @@ def load(path: str | Path) -> Graph:
     path = Path(path)
     model = _parse(path)
     _refuse(model)
+    folder = path.resolve().parent
+    packed = unpack(model, folder)
     model = _inline(model)
     _drop_initializer_inputs(model.graph)
-    return from_proto(_raise_opset(model, path), path.resolve().parent)
+    graph = from_proto(_raise_opset(model, path), folder)
+    for tensor in constants_of(graph.ir) if packed else ():
+        if tensor.name in packed:
+            store(tensor, packed[tensor.name])
+    return graph
 
 
 def from_proto(model: onnx.ModelProto, folder: Path) -> Graph:

@@ -15,10 +15,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.errors import OutputError
+from onnxq.graph.decoders import PACKED, decoder
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
 from onnxq.graph.parse import GRAPH, INITIALIZER, RAW_DATA, field
-from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_text, nbytes, stored
+from onnxq.graph.tensors import FIRST_IR, Bare, is_made, is_outside, is_sparse, is_text, nbytes, sparse_proto, stored
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 EXTERNAL_SMALLEST = 1024  # smaller tensors stay in the model, where shape inference reads them
@@ -45,7 +46,9 @@ def save(graph: Graph, path: str | Path, *, extra_outputs: list[str] | None = No
     for name in extra_outputs or ():
         if all(o.name != name for o in model.graph.output):
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    weights = _Weights(graph.folder, apart(graph), progress)
+    _store_sparse(model, graph)
+    kept, outside = {t.name for g in with_bodies(model.graph) for t in g.initializer}, apart(graph)
+    weights = _Weights(graph.folder, {name: t for name, t in outside.items() if name in kept}, progress)
     with _written(path) as write:
         if total > external_above:
             write(path.name + ".data", lambda file: _move_outside(model, weights, path.name + ".data", file))
@@ -90,6 +93,8 @@ def outline(graph: Graph) -> onnx.ModelProto:
         for tensor, values in held:
             tensor._values = values
     model.MergeFrom(graph.header)
+    used = {n.op_type for n in model.graph.node if n.domain == PACKED}
+    model.functions.extend(decoder(name, graph.opset) for name in sorted(used))
     for node in [n for g in with_bodies(model.graph) for n in g.node]:
         extra = graph.extras.get(node.name)
         if extra is None:
@@ -119,9 +124,25 @@ def file_bytes(graph: Graph) -> int:
     return outline(graph).ByteSize() + sum(nbytes(t) + each for t in weights.values())
 
 
+def _store_sparse(model: onnx.ModelProto, graph: Graph) -> None:
+    """Make sparse initializers of constants of the main graph that are to be; of large ones there must be few."""
+    sparse = {t.name: t for t in constants_of(graph.ir) if is_sparse(t)}
+    names = [t.name for t in model.graph.initializer if t.name in sparse]
+    for name in names:
+        model.graph.sparse_initializer.append(sparse_proto(name, graph.read(sparse[name])))
+    for index in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[index].name in names:
+            del model.graph.initializer[index]
+
+
 def _is_apart(tensor: gs.Constant) -> bool:
     """Whether values are written by `_Weights`: large ones, and those that the graph library can't export."""
     return not is_text(tensor) and (nbytes(tensor) >= EXTERNAL_SMALLEST or is_made(tensor) or is_outside(tensor))
+
+
+def constants(graph: Graph) -> list[gs.Constant]:
+    """Every constant that a node reads or that is an output, bodies included, each name once."""
+    return list({t.name: t for t in constants_of(graph.ir)}.values())
 
 
 def constants_of(ir: gs.Graph) -> Iterator[gs.Constant]:

@@ -71,6 +71,14 @@ class Computed(LazyValues):  # type: ignore[misc]
         return found
 
 
+class Sparse(LazyValues):  # type: ignore[misc]
+    """Values that are saved as ONNX's sparse initializer: those that are not 0, and where they are."""
+
+    def __init__(self, dense: Array | LazyValues) -> None:
+        self.dense, self.dtype, self.shape, self.nbytes = dense, np.dtype(dense.dtype), dense.shape, dense.nbytes
+        self.tensor = onnx.TensorProto(data_type=type_number(self.dtype), dims=[int(d) for d in dense.shape])
+
+
 class Bare(LazyValues):  # type: ignore[misc]
     """What the graph library is to export in place of values: their type and shape."""
 
@@ -168,6 +176,8 @@ def read(tensor: gs.Tensor, folder: Path, rows: slice | None = None) -> Array:
 def _values(values: Array | LazyValues, folder: Path, rows: slice | None) -> Array:
     if isinstance(values, Widened):
         return _values(values.half, folder, rows).astype(FLOAT32)
+    if isinstance(values, Sparse):
+        return _values(values.dense, folder, rows)
     if isinstance(values, Computed):
         return _rows(values.values(), rows)
     return _rows(values, rows) if isinstance(values, np.ndarray) else read_proto(values.tensor, folder, rows)
@@ -220,7 +230,25 @@ def _copied(proto: onnx.TensorProto, folder: Path) -> Iterator[NDArray[np.uint8]
 
 def is_made(tensor: gs.Constant) -> bool:
     """Whether the values are made as they are read, so that the library exports others or none."""
-    return isinstance(tensor._values, (Widened, Computed))
+    return isinstance(tensor._values, (Widened, Computed, Sparse))
+
+
+def is_sparse(tensor: gs.Constant) -> bool:
+    """Whether the constant is to be saved as a sparse initializer."""
+    return isinstance(tensor._values, Sparse)
+
+
+def make_sparse(tensor: gs.Constant) -> None:
+    """Have a constant saved as a sparse initializer, in place."""
+    store(tensor, Sparse(tensor._values))
+
+
+def sparse_proto(name: str, values: Array) -> onnx.SparseTensorProto:
+    """The elements that are not 0, all bits of them, with their places in C order as int64, which the standard asks."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    places = np.flatnonzero(flat.view(f"u{flat.dtype.itemsize}"))
+    return onnx.SparseTensorProto(values=numpy_helper.from_array(flat[places], name), dims=values.shape,
+                                  indices=numpy_helper.from_array(places.astype(np.int64), f"{name}.places"))
 
 
 def is_outside(tensor: gs.Constant) -> bool:

@@ -27,17 +27,46 @@ class Skip:
     reason: str
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A weight that was packed: `encodings` from the outermost one on, its share of zeros, bytes before and after."""
+
+    name: str
+    encodings: tuple[str, ...]
+    shape: tuple[int, ...]
+    zeros: float
+    dense_bytes: int
+    packed_bytes: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What was packed, with estimates of the peak of loading: of the model as it was (`dense_peak`), with the
+    `packed_bytes` of weights that it has now (`peak`), and with the `fewest_bytes`, where memory is no matter
+    (`fewest_peak`). `limit` is what was allowed."""
+
+    weights: tuple[Packed, ...] = ()
+    limit: int = 0
+    dense_peak: int = 0
+    peak: int = 0
+    packed_bytes: int = 0
+    fewest_bytes: int = 0
+    fewest_peak: int = 0
+
+
 @dataclass
 class Context:
     """What passes read (plan, target) and where they leave their near misses.
 
-    `weights` holds weights that codes took the place of, by name, for a later pass that writes these in another form.
+    `packing` is what became of weights that were packed. `weights` holds weights that codes took the place of, by name,
+    for a later pass that writes these in another form.
     """
 
     target: Target | None = None
     plan: Plan = field(default_factory=lambda: Plan("", ""))
     skips: list[Skip] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    packing: Packing = Packing()
     current: str = ""
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from onnxq.report import wording
+from onnxq.report import packed, wording
 from onnxq.report.report import Report
 
 _TITLES = {wording.INT8: "Quantized", wording.STORED: "Float, on weights stored as codes",
@@ -52,7 +52,8 @@ def render(report: Report) -> str:
         f'<div class=cards>{_verdict(report)}{_size(report)}{_latency(report)}{_accuracy(report)}</div>',
         _messages("Failed checks", report.verdict.failures, "bad"),
         _messages("Notices", report.verdict.notices, ""),
-        _outputs(report), _semantic(report), _nodes(report), _pruned(report), _layers(report), _stages(report),
+        _outputs(report), _semantic(report), _nodes(report), _pruned(report), _packing(report), _layers(report),
+        _stages(report),
         _environment(report.environment), _recipe(report.recipe))
     return page(name, parts)
 
@@ -181,6 +182,16 @@ def _pruned(report: Report) -> str:
     inner = table(wording.PRUNED_TITLES, [wording.pruned_cells(row) for row in report.pruned], (1, 2, 4))
     return (f"<h2>Pruned</h2><p class=faint>{text(wording.pruned(report.pruned))}</p>"
             f"<details><summary>{wording.plural(len(report.pruned), 'weight')}</summary>{inner}</details>")
+
+
+def _packing(report: Report) -> str:
+    if report.packing is None:
+        return ""
+    weights = report.packing["weights"]
+    said = "".join(f"<p class=faint>{text(line)}</p>" for line in packed.conditions(report.packing))
+    inner = table(packed.TITLES, packed.rows(weights), (3, 4, 5, 6))
+    return (f"<h2>Packed weights</h2>{said}"
+            f"<details><summary>{wording.plural(len(weights), 'weight')}</summary>{inner}</details>")
 
 
 def _stages(report: Report) -> str:

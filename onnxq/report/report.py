@@ -194,7 +194,8 @@ class Stage:
 class Report:
     """Everything that is known of a result. What was not measured is None.
 
-    `tensors` maps the name of a tensor that is stored as codes to how it is.
+    `tensors` maps the name of a tensor that is stored as codes to how it is. `packing` is what onnxq.passes.manager's
+    Packing says of weights that were packed, None where that was not asked for.
     """
 
     model: str
@@ -208,6 +209,7 @@ class Report:
     tensors: dict[str, Encoding] = field(default_factory=dict)
     layers: list[LayerRow] = field(default_factory=list)
     pruned: list[PrunedRow] = field(default_factory=list)
+    packing: dict[str, Any] | None = None
     verdict: Verdict = field(default_factory=Verdict)
     environment: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from onnxq.progress import Progress, Silent
 from onnxq.report import analysis, wording
+from onnxq.report import packed as packing
 from onnxq.report import sweep as sweeps
 from onnxq.report.report import NodeRow, Report
 
@@ -43,6 +44,8 @@ def summary(report: Report, details: str = "--report DIR or --json") -> str:
         _groups(console, report, details)
         _pruned(console, report, details)
         _layers(console, report)
+        for text in packing.summary(report.packing) if report.packing is not None else ():
+            _line(console, text, "dim")
 
     return _text(draw)
 
@@ -125,6 +128,22 @@ def combination(row: dict[str, Any]) -> str:
     metric = "" if row["metric"] is None else f", metric {row['metric']:.5g}"
     return wording.clean(f"{values}: {wording.size(row['bytes'])}, weight error {row['weight_error']:.2%}, output "
                          f"{sweeps.decibels(row)}{metric}, {speeds}")
+
+
+def packed(found: dict[str, Any]) -> str:
+    """The result of onnxq.packing: the largest weights, the size of the file, and what loading takes."""
+    cells = packing.rows(found["weights"])
+
+    def draw(console: Console) -> None:
+        if cells:
+            console.print(_table(packing.TITLES, cells[:packing.MOST_ROWS]))
+        if len(cells) > packing.MOST_ROWS:
+            _line(console, f"+{len(cells) - packing.MOST_ROWS} more, see --json", "dim")
+        _line(console, packing.total(found), "bold")
+        for text in packing.conditions(found) if "form" in found else ():
+            _line(console, text, "dim")
+
+    return _text(draw)
 
 
 def explanation(found: dict[str, Any]) -> str:
