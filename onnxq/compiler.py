@@ -77,12 +77,11 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     bytes, which the runtime decodes as it loads the model, in about `load_memory` ("500MB"). `calib` and `eval` are
     DATA (see onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
-    model gives the same bytes, without data, on any machine.
-    Nodes run in integers where the target was measured to be faster then, on the shapes of the data or those of
-    `shapes` (free axis -> size or sizes); `objective` balanced, latency or size says what 2 % of a node's time are
-    worth: the smaller change, nothing, or integers. `measure` False takes the target's tables instead. `fallback`
-    is how many layers stay float, those that calibration finds the most sensitive. `max_memory` ("2GB", or bytes)
-    is what a weight-only scheme may use: a model that takes more is compiled weight by weight, without being run.
+    model gives the same bytes, without data, on any machine. Nodes run in integers where the target was measured to be
+    faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes); `objective` balanced,
+    latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or integers. `measure` False
+    takes the target's tables instead. `fallback` is how many layers stay float, those that are the most sensitive.
+    `max_memory` ("2GB", or bytes) is what a weight-only scheme may use: larger models are compiled without being run.
     Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
