@@ -309,8 +309,7 @@ class _Compilation:
         except GraphError as e:
             what = "weights are not packed" if wanted else "codes of weights that are decoded at load take 8 bits each"
             self.report.verdict.notices.append(f"{what}: {e}")
-        most = self.recipe.load_memory
-        self._passes(pack_passes(wanted, sizes.parse(most) if most is not None else None), graph)
+        self._passes(pack_passes(wanted, self.recipe.load_bytes), graph)
         self.report.packing = asdict(self.context.packing) if wanted else None
         return graph
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,9 +18,10 @@ from typing import Any
 import yaml
 
 from onnxq import sizes
+from onnxq.bits import ALIKE, Bits, check_size
 from onnxq.errors import RecipeError, UsageError
 from onnxq.plain import StrictLoader, build, plain
-from onnxq.schemes import BLOCK_SIZES, FLOAT, Scheme, scheme, scheme_names, weight_only_names
+from onnxq.schemes import FLOAT, Scheme, scheme, scheme_names, weight_only_names
 from onnxq.sparsity import DENSE, Sparsity
 
 VERSION = 1
@@ -211,56 +213,6 @@ class BudgetSpec:
     max_drop: str | None = None
 
 
-def _bytes(key: str, text: str | None) -> int | None:
-    """Bytes that the text of a key says, None where it has none. Raises RecipeError naming the key."""
-    try:
-        return None if text is None else sizes.parse(text)
-    except UsageError as e:
-        raise RecipeError(f"{key}: {e}") from None
-
-
-@dataclass(frozen=True)
-class Bits:
-    """Formats chosen for each weight, so that all of them fit a budget at the least damage.
-
-    target: bits per weight of those in blocks, as they are stored: codes, scales and zero points. max_size: of the
-    whole file, such as 40MB. Without either every weight has the scheme's format. choices: weight-only schemes to
-    choose among (none: the recipe's own and the named ones of more bits); block_sizes: with which blocks each.
-    What a rule names keeps the rule's scheme.
-    """
-
-    target: float | None = None
-    max_size: str | None = None
-    choices: tuple[str, ...] = ()
-    block_sizes: tuple[int, ...] = (32, 64, 128)
-
-    def __post_init__(self) -> None:
-        """Raises RecipeError naming the key that can't be used."""
-        if self.target is not None and not 0 < self.target < math.inf:
-            raise RecipeError(f"bits.target: {self.target:g} bits hold no weight; give a number above 0, such as 4.5")
-        _bytes("bits.max_size", self.max_size)
-        for k, name in enumerate(self.choices):
-            if name not in weight_only_names():
-                raise RecipeError(f"bits.choices[{k}]: {name!r} is no scheme of weights in blocks; use some of "
-                                  f"{', '.join(weight_only_names())}")
-        for k, size in enumerate(self.block_sizes):
-            if size not in BLOCK_SIZES:
-                raise RecipeError(f"bits.block_sizes[{k}]: {size} has no kernel here; use some of "
-                                  f"{', '.join(map(str, BLOCK_SIZES))}")
-        if not self.block_sizes:
-            raise RecipeError("bits.block_sizes: empty; name at least one, such as 32")
-
-    @property
-    def are_chosen(self) -> bool:
-        """Whether there is a budget to choose by."""
-        return self.target is not None or self.max_size is not None
-
-    @property
-    def most_bytes(self) -> int | None:
-        """Those of the whole file, if they are limited."""
-        return sizes.parse(self.max_size) if self.max_size is not None else None
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a compilation, apart from the model, the data and the target.
@@ -283,7 +235,7 @@ class Recipe:
     data: Preprocessing = Preprocessing()
     fallback: Fallback = Fallback()
     budget: BudgetSpec = BudgetSpec()
-    bits: Bits = Bits()
+    bits: Bits = ALIKE
     sparsity: Sparsity = DENSE
     pack: bool = False
     load_memory: str | None = None
@@ -294,16 +246,25 @@ class Recipe:
         if self.bits.are_chosen and not self.scheme.is_weight_only and not narrow:
             raise RecipeError(f"bits: formats are chosen for weights in blocks; scheme {self.scheme.name} has none: "
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
+        if self.bits.are_chosen and narrow and not self.pack:
+            raise RecipeError("bits: few of them save nothing before weights are packed; give --pack, or `pack: true`")
         if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
             raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
                               "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
-        _bytes("load_memory", self.load_memory)
+        check_size("load_memory", self.load_memory)
         if self.load_memory is not None and not self.pack:
             raise RecipeError("load_memory: nothing is packed; give --pack, or `pack: true` beside it")
         if self.attention not in ATTENTIONS:
             raise RecipeError(f"attention: {self.attention!r} is not known; use {' or '.join(ATTENTIONS)}")
         if self.rounding not in ROUNDINGS:
             raise RecipeError(f"rounding: {self.rounding!r} is not known; use {' or '.join(ROUNDINGS)}")
+
+    @property
+    def load_bytes(self) -> int | None:
+        """What decoding may take as a packed model is loaded; without a limit where one on the file goes before."""
+        if self.load_memory is None and self.bits.are_chosen:
+            return sys.maxsize
+        return sizes.parse(self.load_memory) if self.load_memory is not None else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON, defaults included."""

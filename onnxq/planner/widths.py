@@ -20,6 +20,7 @@ from onnxq.schemes import TensorSpec
 _OPERATORS = frozenset({"Conv", "Gather", "Gemm", "MatMul"})
 _EXCEPTION = 2.0  # bytes of a protected code in a packed file: itself, and how far it is from the one before
 _DECODER = 700  # bytes that name and describe what decodes one weight
+_FUNCTIONS = 4000  # bytes of the decoders themselves
 
 
 def choose(graph: Graph, found: Outline, recipe: Recipe, file_bytes: int, by: Seeing | None,
@@ -68,7 +69,7 @@ def _budget(recipe: Recipe, weights: list[Weight], items: list[list[Option]], fi
     if bits.target is not None:
         budgets.append((int(bits.target * sum(one.shape[0] * one.shape[1] for one in weights) / 8), "--target-bits"))
     if bits.most_bytes is not None:
-        budgets.append((bits.most_bytes - (file_bytes - dense), "--max-size"))
+        budgets.append((bits.most_bytes - _FUNCTIONS - (file_bytes - dense), "--max-size"))
     budget, asked = min(budgets)
     if budget < lowest:
         raise UsageError(f"{asked} can't be met: with {min(BITS)} bits for all weights the file takes "

@@ -382,9 +382,9 @@ def test_weights_that_would_be_in_blocks(scheme: str, size: int, tmp_path: Path)
         assert looked_up["summary"] == "would compute in float, on weights stored as uint2"
 
 
-def test_a_conv_of_a_weight_only_scheme_is_told_per_channel() -> None:
+def test_a_conv_of_a_weight_only_scheme_is_told_by_block() -> None:
     name = next(n["name"] for n in onnxq.inspect(DIGITS, scheme="w4a16")["nodes"] if n["scheme"] == "stored")
     found = onnxq.explain(DIGITS, name, scheme="w4a16")
-    assert found["summary"] == "would compute in float, on weights stored as int8"
+    assert found["summary"] == "would compute in float, on weights stored as uint4"
     [weight] = [p for p in found["inputs"] if p["role"] == "weight"]
-    assert (weight["encoding"]["dtype"], weight["encoding"]["granularity"]) == ("int8", "channel")
+    assert (weight["encoding"]["dtype"], weight["encoding"]["granularity"]) == ("uint4", "block")
