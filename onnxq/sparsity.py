@@ -9,6 +9,7 @@ from onnxq.numerics.sparsity import Pattern, Wanted
 
 SPARSEGPT, WANDA, MAGNITUDE = "sparsegpt", "wanda", "magnitude"
 PRUNINGS = (SPARSEGPT, WANDA, MAGNITUDE)
+UNIFORM, BUDGET = "uniform", "budget"
 
 
 @dataclass(frozen=True)
@@ -19,13 +20,16 @@ class Sparsity:
     such as 2:4: of every M inputs in a row N stay, for each output; M divides the inputs of a layer or the channels of
     a convolution, or it is spared. method: sparsegpt (what costs the results least, the other weights making up for
     it), wanda (the smallest weights times the size of their inputs) or magnitude (the smallest weights, without data).
-    embeddings: whether tables of embeddings are pruned, too, by magnitude. channels: the share, such as 25%, of the
-    channels between two layers that are taken out with all that makes and reads them, the rest making up for them.
+    shares: uniform (each weight has the same share of zeros) or budget (all together have it: each gets up to 15 points
+    more or less, by what its zeros cost the layer's result). embeddings: whether tables of embeddings are pruned, too,
+    by magnitude. channels: the share, such as 25%, of the channels between two layers that are taken out with all that
+    makes and reads them, the rest making up for them.
     """
 
     share: str | None = None
     method: str = SPARSEGPT
     pattern: str | None = None
+    shares: str = UNIFORM
     embeddings: bool = False
     channels: str | None = None
 
@@ -34,6 +38,11 @@ class Sparsity:
         if self.method not in PRUNINGS:
             raise RecipeError(f"sparsity.method: {self.method!r} is not known; use {', '.join(PRUNINGS)}")
         _ = self.channels_share
+        if self.shares not in (UNIFORM, BUDGET):
+            raise RecipeError(f"sparsity.shares: {self.shares!r} is not known; use {UNIFORM} or {BUDGET}")
+        if self.shares == BUDGET and (self.pattern is not None or self.method == MAGNITUDE):
+            raise RecipeError("sparsity.shares: a budget needs a share, not a pattern, and sparsegpt or wanda, which "
+                              f"look at what zeros cost; leave it {UNIFORM}, or change these")
         share = _share(self.share) if self.share is not None else 0.0
         if self.pattern is None:
             return

@@ -90,7 +90,7 @@ def test_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [FULL, "scheme: w8a8-dynamic-tensor", "scheme: float", "scheme: {name: mine}",
-                                  "scheme: w8a8\nfallback: {keep_float: ['a: b', \"it's\", '#x', 'y\\nz']}"])
+                                  "scheme: w8a8\nfallback: {keep_float: ['a: b', \"it's\", '#x', 'y\nz']}"])
 def test_yaml_and_back(text: str) -> None:
     found = recipe.parse(text)
     assert recipe.parse(found.to_yaml()) == found
@@ -323,7 +323,10 @@ def test_shares_and_patterns_of_zeros(section: str, wanted: object) -> None:
     ("{pattern: 4}", r"^sparsity\.pattern: '4' is no pattern"), ("{pattern: '4:4'}", r"^sparsity\.pattern: 4:4 prunes"),
     ("{pattern: '2:4', share: 60%}", r"^sparsity\.share: 60% is not what the pattern 2:4 makes, 0\.5"),
     ("{method: obs}", r"^sparsity\.method: 'obs' is not known; use sparsegpt, wanda, magnitude"),
-    ("{shar: 50%}", r"^sparsity\.shar: there is no such key; did you mean 'share'")])
+    ("{share: 50%, shares: best}", r"^sparsity\.shares: 'best' is not known; use uniform or budget"),
+    ("{pattern: '2:4', shares: budget}", r"^sparsity\.shares: a budget needs a share, not a pattern"),
+    ("{share: 50%, method: magnitude, shares: budget}", r"^sparsity\.shares: a budget needs .* sparsegpt or wanda"),
+    ("{shar: 50%}", r"^sparsity\.shar: there is no such key; did you mean 'share")])
 def test_other_sparsity_is_refused(section: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         recipe.parse(f"scheme: w8a8\nsparsity: {section}")
@@ -339,7 +342,8 @@ def test_weights_in_blocks_are_not_pruned() -> None:
 def test_options_go_before_the_recipe() -> None:
     given = Recipe(schemes.scheme("w8a8"), sparsity=Sparsity(pattern="2:4", method="wanda", embeddings=True))
     assert request.resolve(recipe=given).sparsity == given.sparsity
-    assert request.resolve(recipe=given, sparsity="30%").sparsity == Sparsity("30%", "wanda", None, True)
-    assert request.resolve(recipe=given, prune="magnitude").sparsity == Sparsity(None, "magnitude", "2:4", True)
+    assert request.resolve(recipe=given, sparsity="30%").sparsity == Sparsity("30%", "wanda", embeddings=True)
+    by_size = request.resolve(recipe=given, prune="magnitude").sparsity
+    assert by_size == Sparsity(None, "magnitude", "2:4", embeddings=True)
     with pytest.raises(UsageError, match=r"^--prune wanda says how, but not how much"):
         request.resolve(scheme="w8a8", prune="wanda")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,9 +14,10 @@ from onnxq.calibration.readers import Dataset
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, identity, is_constant, shape_of, up_to
 from onnxq.numerics import sparsity as numerics
+from onnxq.numerics.allocation import Option, allocate
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.sampling import View
-from onnxq.numerics.sparsity import Pattern
+from onnxq.numerics.sparsity import Pattern, Wanted
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.prune import Prune
 from onnxq.plain import plain
@@ -26,7 +27,7 @@ from onnxq.planner.prunable import Task, find
 from onnxq.planner.scales import finite
 from onnxq.recipe import Recipe
 from onnxq.runtime.session import SessionOptions
-from onnxq.sparsity import MAGNITUDE, SPARSEGPT
+from onnxq.sparsity import BUDGET, MAGNITUDE, SPARSEGPT
 from onnxq.spool import Spool, digest
 from onnxq.version import VERSION
 
@@ -35,6 +36,8 @@ Reading = tuple[tuple[str, ...], View]  # tensors, and how layers see them
 
 _WIDEST = 8192  # inputs of a layer: the work grows with the cube
 _DAMPING = 0.01
+_AROUND = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)  # shares of one weight beside that of all
+_MOST = 0.95  # of a weight's numbers that become 0 by a budget
 _WORK = 3e12  # products of weights and rows, for all runs of the model together: a minute on two cores
 _FEW, _MANY = 4, 128  # rows of the data that tell of others, and as many as there are where nobody knows
 
@@ -89,18 +92,57 @@ def prune(graph: Graph, recipe: Recipe, by: Calibrated | None, spool: Spool | No
         else:
             readings.setdefault((task.reads, task.view), []).append(task)
     if by is not None:
-        for step in _steps(graph, readings, recipe, by):
-            _step(work, step, by)
+        work.shares = _shares(work, readings, by)
+        if recipe.sparsity.method == SPARSEGPT and _affordable(graph, readings, recipe, by):
+            for reading, members in readings.items():
+                _step(work, {reading: members}, by, work.done.values)
+        else:
+            _step(work, readings, by, None)
     order = {task.name: place for place, task in enumerate(tasks)}
     work.done.found.sort(key=lambda one: order[one.weight])
     return work.done
 
 
-def _steps(graph: Graph, readings: dict[Reading, list[Task]], recipe: Recipe,
-           by: Calibrated) -> list[dict[Reading, list[Task]]]:
-    """What is pruned together, in execution order: one reading at a time, or all of them."""
-    in_turn = recipe.sparsity.method == SPARSEGPT and _affordable(graph, readings, recipe, by)
-    return [{reading: members} for reading, members in readings.items()] if in_turn else [readings]
+def _shares(work: _Work, readings: dict[Reading, list[Task]], by: Calibrated) -> dict[str, float]:
+    """Weight -> its share of zeros, where all together have the recipe's and each what costs least in sum: the squared
+    change of its layers' results over their squares, by SparseGPT in float."""
+    share, entry = work.recipe.sparsity.wanted, digest(work.key, BUDGET)
+    if work.recipe.sparsity.shares != BUDGET or not isinstance(share, float) or not readings:
+        return {}
+    kept = work.spool.get(entry) if work.spool is not None else None
+    if kept is not None:
+        return {name: float(one) for name, one in kept.items()}
+    tried = sorted({min(max(share + step, 0.0), _MOST) for step in _AROUND})
+    items: dict[str, list[Option]] = {}
+    for chunk in chunks({reading: members[0].inputs for reading, members in readings.items()}):
+        for reading, drift in _observed(work, chunk, by, None):
+            hessian = drift.hessian()
+            for task in readings[reading]:
+                order = _order(task)
+                w = _matrix(finite(work.graph, task.weight, task.layers[0]), task)[order]
+                h = hessian[np.ix_(order, order)]
+                items[task.name] = [Option(int(w.size * (1 - s)), numerics.relative_error(
+                    w, numerics.sparsegpt(w, h, s, _DAMPING), h)) for s in tried]
+    most = sum(int(_count(task) * (1 - share)) for members in readings.values() for task in members)
+    chosen = allocate(list(items.values()), most)
+    found = {name: tried[k] for name, k in zip(items, chosen, strict=True)}
+    if work.spool is not None:
+        work.spool.put(entry, {name: np.array(one) for name, one in found.items()})
+    return found
+
+
+def _observed(work: _Work, chunk: Sequence[Reading], by: Calibrated,
+              before: Mapping[str, Floats] | None) -> Iterator[tuple[Reading, Drift]]:
+    """What layers read, in one run over the data; with the weights `before` pruned, and in float, unless there are
+    none."""
+    running = {reading: Seen(reading[1], bool(before)) for reading in chunk}
+    whole = _up_to(work.graph, chunk)
+    twin = whole.copy() if before else None
+    if twin is not None:
+        Prune().run(twin, Context(plan=Plan("", "", pruned=dict(before or {}))))
+    observer.fold(whole, {}, by.data, work.recipe.calibration, by.options, by.progress, _named(running), twin)
+    for reading in chunk:
+        yield reading, running.pop(reading).drift
 
 
 def _affordable(graph: Graph, readings: dict[Reading, list[Task]], recipe: Recipe, by: Calibrated) -> bool:
@@ -123,22 +165,14 @@ def _named(running: Mapping[Reading, Statistic]) -> list[dict[str, Statistic]]:
     return [dict.fromkeys(reading[0], one) for reading, one in running.items()]
 
 
-def _step(work: _Work, readings: dict[Reading, list[Task]], by: Calibrated) -> None:
-    """Prune the layers that read some tensors, observed with what is pruned before them so."""
+def _step(work: _Work, readings: dict[Reading, list[Task]], by: Calibrated,
+          before: Mapping[str, Floats] | None) -> None:
+    """Prune the layers that read some tensors, as `_observed`."""
     method = work.recipe.sparsity.method
-    paired = method == SPARSEGPT and bool(work.done.values)
     left = {reading: members[0].inputs for reading, members in readings.items()
             if not all(work.known(task, method) for task in members)}
-    before = dict(work.done.values)
     for chunk in chunks(left):
-        running = {reading: Seen(reading[1], paired) for reading in chunk}
-        whole = _up_to(work.graph, chunk)
-        twin = whole.copy() if paired else None
-        if twin is not None:
-            Prune().run(twin, Context(plan=Plan("", "", pruned=before)))
-        observer.fold(whole, {}, by.data, work.recipe.calibration, by.options, by.progress, _named(running), twin)
-        for reading in chunk:
-            drift = running.pop(reading).drift
+        for reading, drift in _observed(work, chunk, by, before):
             for task in readings[reading]:
                 if drift.count:
                     work.take(task, method, drift)
@@ -191,6 +225,7 @@ class _Work:
     spool: Spool | None
     key: str
     done: Pruning
+    shares: Mapping[str, float] = field(default_factory=dict)  # of weights that have one of their own
 
     def known(self, task: Task, method: str) -> bool:
         """Take what an earlier run made of a weight; whether it made something."""
@@ -207,7 +242,8 @@ class _Work:
         """Prune one weight, unless that is done."""
         if self.known(task, method):
             return
-        values, error = _pruned(finite(self.graph, task.weight, task.layers[0]), task, self.recipe, method, drift)
+        values, error = _pruned(finite(self.graph, task.weight, task.layers[0]), task, method, drift,
+                                self.shares.get(task.name, self.recipe.sparsity.wanted))
         if self.spool is not None:
             told = np.array(np.nan if error is None else error)
             self.spool.put(self._entry(task, method), {"values": values, "error": told})
@@ -231,11 +267,11 @@ def _told(recipe: Recipe, by: Calibrated | None) -> list[object]:
     return [by.data.name, by.data.rows or 0, dict(first.feed) if first is not None else {}, plain(recipe.calibration)]
 
 
-def _pruned(values: Floats, task: Task, recipe: Recipe, method: str,
-            drift: Drift | None) -> tuple[Floats, float | None]:
+def _pruned(values: Floats, task: Task, method: str, drift: Drift | None,
+            wanted: Wanted | None) -> tuple[Floats, float | None]:
     """(the weight with zeros, the error of its layers' results where what they read is known)."""
-    wanted, order = recipe.sparsity.wanted, _order(task)
     assert wanted is not None
+    order = _order(task)
     aim = _matrix(values, task)
     if drift is not None and method == SPARSEGPT:
         aim = drift.target(aim, _DAMPING)

@@ -231,6 +231,41 @@ def test_a_large_model_runs_once_and_a_small_one_for_each_tensor(
         assert runs == wanted
 
 
+def test_a_large_model_s_layers_do_not_make_up_for_one_another(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each that is observed at once would make up for the same error; what an earlier run did changes nothing."""
+    monkeypatch.setattr(pruning, "_WORK", 0.0)
+    graph, feeds, spool = graph_of(perceptron(3), tmp_path), [{"x": rows()}], Spool(tmp_path / "spool")
+    whole, pruned, taken = prune(graph, asked(), by(graph, feeds)), pruning._pruned, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 2:
+            raise KeyboardInterrupt
+        return pruned(*args)
+
+    monkeypatch.setattr(pruning, "_pruned", counted)
+    with pytest.raises(KeyboardInterrupt):
+        prune(graph, asked(), by(graph, feeds), spool)
+    again = prune(graph, asked(), by(graph, feeds), spool)
+    assert all(np.array_equal(again.values[name], values) for name, values in whole.values.items())
+
+
+def test_a_budget_gives_layers_whose_zeros_cost_more_fewer_of_them(tmp_path: Path) -> None:
+    """fc0 has a third of its inputs at 0: that many zeros cost nothing. All together have the share asked for."""
+    graph, x = graph_of(perceptron(2), tmp_path), rows()
+    x[:, ::3] = 0
+    found = prune(graph, asked(Sparsity("50%", shares="budget")), by(graph, [{"x": x}]), Spool(tmp_path / "spool"))
+    made = zeros(found)
+    assert made["w0"] > 0.5 > made["w1"]
+    assert np.mean(list(made.values())) == pytest.approx(0.5, abs=1 / K**2)
+    even = prune(graph, asked(), by(graph, [{"x": x}]))
+    assert sum(one.error or 0 for one in found.found) < sum(one.error or 0 for one in even.found)
+    again = prune(graph, asked(Sparsity("50%", shares="budget")), None)  # nothing is known of what zeros cost
+    assert zeros(again) == {"w0": 0.5, "w1": 0.5}
+
+
 def test_what_is_wider_than_affordable_goes_by_magnitude(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pruning, "_WIDEST", K - 1)
     graph = graph_of(perceptron(1), tmp_path)
