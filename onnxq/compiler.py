@@ -59,12 +59,12 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             rounding: str | None = None, group_size: int | None = None, symmetric: bool | None = None,
             target_bits: float | None = None, max_size: str | None = None, sparsity: str | None = None,
             prune: str | None = None, pattern: str | None = None, prune_channels: str | None = None,
-            pack: bool | None = None, load_memory: str | None = None, eval: Any = None, metric: str | None = None,
-            max_drop: str | None = None, target: str = "cpu", threads: int = 0, format: str = AUTO,
-            keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False, measure: bool = True,
-            plan: Plan | str | Path | None = None, save_plan: str | Path | None = None, objective: str = "balanced",
-            shapes: Mapping[str, int | Sequence[int]] | None = None, dump: str | Path | None = None,
-            dump_after: str | None = None, max_memory: int | str | None = None,
+            prune_heads: str | None = None, pack: bool | None = None, load_memory: str | None = None, eval: Any = None,
+            metric: str | None = None, max_drop: str | None = None, target: str = "cpu", threads: int = 0,
+            format: str = AUTO, keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False,
+            measure: bool = True, plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
+            objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
+            dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
@@ -73,8 +73,8 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     those of a recipe; `group_size` and `symmetric` replace those of a weight-only scheme, in which `target_bits`
     (per weight) and `max_size` (of the file, such as 40MB) have formats chosen for each weight. `sparsity` is the
     share of zeros that layers' weights get (such as 50%), `pattern` that of every M inputs N stay (such as 2:4),
-    and `prune` the method; `prune_channels` the share of channels that are taken out. `pack` stores weights in fewer
-    bytes, which the runtime decodes as it loads the model, in about `load_memory` ("500MB"). `calib` and `eval` are
+    and `prune` the method; `prune_channels` and `prune_heads` the shares that are taken out. `pack` stores weights in
+    fewer bytes, which the runtime decodes as it loads it, in about `load_memory` ("500MB"). `calib` and `eval` are
     DATA (see onnxq.calibration.readers.open_data). The result is written even when a check fails: look at `Report.ok`.
     `save_plan` names a folder for all that was decided; given as `plan`, it is replayed: the same Plan on the same
     model gives the same bytes, without data, on any machine. Nodes run in integers where the target was measured to be
@@ -90,7 +90,7 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
                      metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
                      rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
                      max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern,
-                     prune_channels=prune_channels, pack=pack, load_memory=load_memory)
+                     prune_channels=prune_channels, prune_heads=prune_heads, pack=pack, load_memory=load_memory)
     destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
     here = _standard(target_here(target)) if format == "qdq" else target_here(target)
     request = Request(

@@ -141,7 +141,8 @@ class Smoothing:
 class Narrowed:
     """Of the `channels` of `tensor` along `axis` (-1 or 1) those in `kept` stay, int64 [C'] in ascending order.
 
-    `weights` are those of `layers`, which read it, in their shapes but with C' input channels, float32.
+    `weights` are those of `layers`, which read it, in their shapes but with C' input channels, float32. With a `size`
+    the channels are heads of an attention, with so many columns each.
     """
 
     tensor: str
@@ -150,6 +151,7 @@ class Narrowed:
     channels: int
     kept: npt.NDArray[np.int64]
     weights: tuple[npt.NDArray[np.float32], ...]
+    size: int = 1
 
 
 @dataclass
@@ -296,8 +298,8 @@ class Plan:
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
                 "multiples": {k: m.block_size for k, m in self.multiples.items()},
-                "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels}
-                             for n in self.narrowed.values()],
+                "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels,
+                              "size": n.size} for n in self.narrowed.values()],
                 "widths": self.widths, "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}

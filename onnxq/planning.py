@@ -201,14 +201,14 @@ class Planning:
     def _narrow(self) -> None:
         """Find channels to take out, and plan on the graph without them from now on."""
         self.taken = []
-        share = self.recipe.sparsity.channels_share
-        if not share or self.calib is None:
+        asked = self.recipe.sparsity
+        if not (asked.channels_share or asked.heads_share) or self.calib is None:
             return
         with self.stage("narrow"):
             self._start(self.recipe.calibration.samples)
             self.used_data = True
             by = Calibrated(self.calib, self.options, self.progress.step)
-            self.taken = narrowing.narrow(self.graph, share, verdicts(self.graph, self.recipe), by,
+            self.taken = narrowing.narrow(self.graph, asked, verdicts(self.graph, self.recipe), by,
                                           self.recipe.calibration)
             self.graph = self.graph_for(self._before_scaling())
         self.notices.append(narrowing.notice(self.taken))

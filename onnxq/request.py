@@ -68,8 +68,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
             max_size: str | None = None, sparsity: str | None = None, prune: str | None = None,
-            pattern: str | None = None, prune_channels: str | None = None, pack: bool | None = None,
-            load_memory: str | None = None) -> Recipe:
+            pattern: str | None = None, prune_channels: str | None = None, prune_heads: str | None = None,
+            pack: bool | None = None, load_memory: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
     Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
@@ -97,7 +97,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
     return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
-                   sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern, prune_channels),
+                   sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern, prune_channels, prune_heads),
                    pack=chosen.pack if pack is None else pack, load_memory=load_memory or chosen.load_memory,
                    outliers=replace(chosen.outliers, method=outliers or chosen.outliers.method),
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
@@ -106,14 +106,15 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
 
 
 def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str | None,
-            channels: str | None) -> Sparsity:
+            channels: str | None, heads: str | None) -> Sparsity:
     """The recipe's section with the options put in: a share asked for alone goes before the recipe's pattern, and the
     other way round."""
     if share is not None or pattern is not None:
         given = replace(given, share=share, pattern=pattern)
     if method is not None and given.wanted is None:
         raise UsageError(f"--prune {method} says how, but not how much; give --sparsity, such as 50%, or --pattern 2:4")
-    return replace(given, method=method or given.method, channels=channels or given.channels)
+    return replace(given, method=method or given.method, channels=channels or given.channels,
+                   heads=heads or given.heads)
 
 
 def several(shapes: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -144,8 +145,9 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if pruned.needs_data and request.calib is None and request.plan is None:
         raise UsageError(f"pruning by {pruned.method} looks at what layers read; give --calib DATA, or take the "
                          "smallest weights with --prune magnitude")
-    if pruned.channels_share and request.calib is None and request.plan is None:
-        raise UsageError("channels are taken out by what layers read, for which others make up; give --calib DATA")
+    if (pruned.channels_share or pruned.heads_share) and request.calib is None and request.plan is None:
+        raise UsageError("channels and heads are taken out by what layers read, for which others make up; give --calib "
+                         "DATA")
     level = request.recipe.fallback.level
     if level and not chosen.is_float and request.calib is None and request.plan is None:
         raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")

@@ -23,7 +23,7 @@ class Sparsity:
     shares: uniform (each weight has the same share of zeros) or budget (all together have it: each gets up to 15 points
     more or less, by what its zeros cost the layer's result). embeddings: whether tables of embeddings are pruned, too,
     by magnitude. channels: the share, such as 25%, of the channels between two layers that are taken out with all that
-    makes and reads them, the rest making up for them.
+    makes and reads them, the rest making up for them; heads: that of the heads of each attention.
     """
 
     share: str | None = None
@@ -32,12 +32,13 @@ class Sparsity:
     shares: str = UNIFORM
     embeddings: bool = False
     channels: str | None = None
+    heads: str | None = None
 
     def __post_init__(self) -> None:
         """Raises RecipeError naming the key that can't be used."""
         if self.method not in PRUNINGS:
             raise RecipeError(f"sparsity.method: {self.method!r} is not known; use {', '.join(PRUNINGS)}")
-        _ = self.channels_share
+        _ = self.channels_share, self.heads_share
         if self.shares not in (UNIFORM, BUDGET):
             raise RecipeError(f"sparsity.shares: {self.shares!r} is not known; use {UNIFORM} or {BUDGET}")
         if self.shares == BUDGET and (self.pattern is not None or self.method == MAGNITUDE):
@@ -65,6 +66,11 @@ class Sparsity:
     def channels_share(self) -> float:
         """The share of channels that are taken out; 0 for none."""
         return _share(self.channels, "channels") if self.channels is not None else 0.0
+
+    @property
+    def heads_share(self) -> float:
+        """The share of heads that are taken out; 0 for none."""
+        return _share(self.heads, "heads") if self.heads is not None else 0.0
 
     @property
     def needs_data(self) -> bool:

@@ -36,7 +36,7 @@ COMPILE_DEFAULTS = {
     "target": "cpu", "threads": 0, "format": "auto",
     "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
     "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None,
-    "pack": None, "load_memory": None, "prune_channels": None}
+    "pack": None, "load_memory": None, "prune_channels": None, "prune_heads": None}
 VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
@@ -294,7 +294,8 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                            "ranges": None, "outliers": "smooth", "rounding": "auto", "group_size": 64,
                            "symmetric": False, "target_bits": None, "max_size": None, "pack": None,
                            "load_memory": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),
-                           "fallback": None, "sparsity": None, "prune": None, "pattern": None, "prune_channels": None})]
+                           "fallback": None, "sparsity": None, "prune": None, "pattern": None, "prune_channels": None,
+                           "prune_heads": None})]
     assert compiled == []
 
 

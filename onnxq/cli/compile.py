@@ -81,6 +81,7 @@ from onnxq.targets import TARGETS
               help="Prune so that of every M inputs N stay, e.g. 2:4; instead of --sparsity.")
 @click.option("--prune-channels", metavar="SHARE",
               help="Take this share of the channels between layers out, e.g. 25%: saves time, too.")
+@click.option("--prune-heads", metavar="SHARE", help="The same of the heads of each attention.")
 @click.option("--report", "report_folder", metavar="DIR", help="Write report.json and report.html into this folder.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), default="balanced", show_default=True,
               help="What 2 % of a node's time are worth: latency takes the fastest kernels; balanced leaves float what "
@@ -133,7 +134,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
     if print_recipe:
         names = ("scheme", "recipe", "calib", "samples", "batch", "ranges", "outliers", "rounding", "group_size",
                  "symmetric", "target_bits", "max_size", "pack", "load_memory", "metric", "max_drop", "keep_float",
-                 "fallback", "sparsity", "prune", "pattern", "prune_channels")
+                 "fallback", "sparsity", "prune", "pattern", "prune_channels",
+                 "prune_heads")
         resolved = request.resolve(**{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.passes.absorbing import LAST, Constant, unused
 
-_ELEMENTWISE = frozenset({
+ELEMENTWISE = frozenset({
     "Abs", "Add", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish",
     "Mul", "Neg", "Pow", "QuickGelu", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh",
 })
@@ -47,11 +47,11 @@ def region(graph: Graph, tensor: Tensor, readers: frozenset[str], channels: int,
             continue
         found[node.name] = node
         alone = len([t for t in node.outputs if t.name]) == 1 and not node.domain
-        if alone and (node.op in _ELEMENTWISE or (axis == 1 and node.op in _BY_CHANNEL)):
+        if alone and (node.op in ELEMENTWISE or (axis == 1 and node.op in _BY_CHANNEL)):
             waiting += [graph.producer(t) for t in node.inputs if t.name and not is_constant(t)]
         elif axis == 1 and _depthwise(node, channels):
             waiting.append(graph.producer(node.inputs[0]))
-        elif not (_layer(node) if axis == LAST else _filters(node)):
+        elif not (is_layer(node) if axis == LAST else _filters(node)):
             return None
     inside = frozenset(found) | readers
     for node in found.values():
@@ -65,7 +65,8 @@ def region(graph: Graph, tensor: Tensor, readers: frozenset[str], channels: int,
     return Region(constants, tuple(n.outputs[0].name for n in found.values()), axis, depthwise) if constants else None
 
 
-def _layer(node: Node) -> bool:
+def is_layer(node: Node) -> bool:
+    """Whether a node is a MatMul or Gemm with a stored matrix."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     return (node.op in ("MatMul", "Gemm") and not node.domain and not node.attrs and weight is not None
             and is_constant(weight) and dtype_of(weight) == np.float32 and len(shape_of(weight) or ()) == 2)

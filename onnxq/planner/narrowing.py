@@ -11,10 +11,12 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, Node, up_to
+from onnxq.graph import Graph, Node, Tensor, up_to
 from onnxq.numerics.channel_pruning import DAMPING, remove
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.sampling import View
+from onnxq.passes.absorbing import LAST
+from onnxq.passes.heads import heads
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.passes.widening import region
@@ -23,6 +25,7 @@ from onnxq.planner.pruning import Calibrated, Seen
 from onnxq.planner.readers import Group, every_group
 from onnxq.planner.scales import finite
 from onnxq.recipe import Calibration
+from onnxq.sparsity import Sparsity
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,7 +43,8 @@ class Taken:
     def reason(self) -> str:
         """For the report."""
         gone = self.rewrite.channels - len(self.rewrite.kept)
-        return (f"{gone} of the {self.rewrite.channels} channels of its input are taken out, for which the others make "
+        what = "channels" if self.rewrite.size == 1 else "heads"
+        return (f"{gone} of the {self.rewrite.channels} {what} of its input are taken out, for which the others make "
                 f"up but for {self.error:.2%}")
 
 
@@ -58,19 +62,33 @@ def candidates(graph: Graph, spared: frozenset[str]) -> list[Group]:
     return found
 
 
-def narrow(graph: Graph, share: float, spared: Collection[str], by: Calibrated, how: Calibration) -> list[Taken]:
-    """Take `share` of the channels out of each candidate, those that the others can make up for best.
+def attentions(graph: Graph, spared: frozenset[str]) -> list[tuple[Group, int]]:
+    """Tensors that join heads which can go, with the columns of a head."""
+    found = []
+    for group in every_group(graph):
+        names = frozenset(n.name for n in group.layers)
+        attention = heads(graph, group.tensor, names) if group.axis == LAST and group.channels <= WIDEST else None
+        if attention is not None and not (names | {c.node for c in attention.constants}) & spared:
+            found.append((group, attention.size))
+    return found
+
+
+def narrow(graph: Graph, asked: Sparsity, spared: Collection[str], by: Calibrated, how: Calibration) -> list[Taken]:
+    """Take the shares that are asked for out of each candidate: channels or heads that the others make up for best.
 
     One tensor after the other, from the first to the last: its layers are observed with all before them narrowed, and
     make up for what those are off by. Tensors of which no rows are seen stay as they are. Raises ModelError for weights
     with NaN or infinities.
     """
     made: list[Taken] = []
-    for group in candidates(graph, frozenset(spared)):
-        count = _count(group.channels, share)
+    kept = frozenset(spared)
+    tasks = [(group, 1, _count(group.channels, asked.channels_share)) for group in candidates(graph, kept)]
+    tasks += [(group, size, int(group.channels // size * asked.heads_share)) for group, size in attentions(graph, kept)]
+    order = {n.name: k for k, n in enumerate(graph.nodes)}
+    for group, size, count in sorted(tasks, key=lambda task: order[str(task[0].layers[0].name)]):
         drift = _observed(graph, group, made, by, how) if count else None
         if drift is not None and drift.count:
-            made.append(_removed(graph, group, drift, count))
+            made.append(_removed(graph, group, drift, count, size))
     return made
 
 
@@ -99,9 +117,12 @@ def notice(taken: Sequence[Taken]) -> str:
     if not taken:
         return ("no channels can be taken out: no layer reads what layers alone make, with nothing between but what "
                 "works channel by channel")
-    gone = sum(one.rewrite.channels - len(one.rewrite.kept) for one in taken)
-    of, many = sum(one.rewrite.channels for one in taken), len(taken)
-    return f"{gone} of {of} channels are taken out, at {many} tensor{'s' * (many > 1)}"
+    said = []
+    for what, some in (("channels", [t.rewrite for t in taken if t.rewrite.size == 1]),
+                       ("heads", [t.rewrite for t in taken if t.rewrite.size > 1])):
+        gone, of = sum(one.channels - len(one.kept) for one in some), sum(one.channels for one in some)
+        said += [f"{gone} of {of} {what} are taken out, at {len(some)} tensor{'s' * (len(some) > 1)}"] * bool(some)
+    return "; ".join(said)
 
 
 def check(plan: Plan, graph: Graph) -> None:
@@ -111,12 +132,18 @@ def check(plan: Plan, graph: Graph) -> None:
         layers = [nodes.get(name) for name in one.layers]
         wrong = next((name for name, n in zip(one.layers, layers, strict=True)
                       if n is None or n.inputs[0].name != one.tensor), None)
-        if wrong is None and region(graph, nodes[one.layers[0]].inputs[0], frozenset(one.layers), one.channels,
-                                    one.axis) is not None:
+        if wrong is None and _fits(graph, one, nodes[one.layers[0]].inputs[0]):
             continue
         raise UsageError(f"the plan was made for another model: {wrong or one.layers[0]!r} does not read "
                          f"{one.channels} channels of {one.tensor!r} in this one; make a plan of this model with "
                          "--save-plan DIR")
+
+
+def _fits(graph: Graph, one: Narrowed, tensor: Tensor) -> bool:
+    if one.size == 1:
+        return region(graph, tensor, frozenset(one.layers), one.channels, one.axis) is not None
+    found = heads(graph, tensor, frozenset(one.layers))
+    return found is not None and (found.count, found.size) == (one.channels, one.size)
 
 
 def _count(channels: int, share: float) -> int:
@@ -127,15 +154,16 @@ def _count(channels: int, share: float) -> int:
     return channels - left
 
 
-def _removed(graph: Graph, group: Group, drift: Drift, count: int) -> Taken:
+def _removed(graph: Graph, group: Group, drift: Drift, count: int, size: int) -> Taken:
     view = group.views[0]
     weights = [_matrix(node, finite(graph, node.inputs[1], node)) for node in group.layers]
     aim = drift.target(np.concatenate(weights, axis=1), DAMPING)
-    found = remove(aim, drift.hessian(), count, view.repeat)
+    found = remove(aim, drift.hessian(), count, view.repeat * size)
     parts = np.split(found.weight, np.cumsum([w.shape[1] for w in weights])[:-1], axis=1)
     shaped = tuple(_shaped(part, node, view) for part, node in zip(parts, group.layers, strict=True))
     names = tuple(n.name for n in group.layers)
-    return Taken(Narrowed(group.name, names, group.axis, group.channels, found.kept, shaped), found.error)
+    channels = group.channels // size
+    return Taken(Narrowed(group.name, names, group.axis, channels, found.kept, shaped, size), found.error)
 
 
 def _matrix(node: Node, weight: Floats) -> Floats:

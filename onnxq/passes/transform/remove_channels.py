@@ -10,6 +10,7 @@ import numpy as np
 from onnxq.errors import GraphError
 from onnxq.graph import Graph
 from onnxq.passes.absorbing import unused
+from onnxq.passes.heads import heads, keep
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.transform.smooth import tell
 from onnxq.passes.widening import region, widen
@@ -24,7 +25,8 @@ class RemoveChannels(Pass):
     Gemm, and Conv on x' [N, C', ..] with W' [M, C', ..].
 
     The layers above make no other channels any more: their columns or filters are taken out, and what lies between
-    gets narrower. W' is the Plan's: what makes up for the channels that are gone.
+    gets narrower. Where x joins the heads of an attention, whole heads go, from Q, K and V on. W' is the Plan's: what
+    makes up for the channels that are gone.
     Source: ZipLM (arXiv 2302.04089); MatMul-13, Gemm-13, Conv-11.
     """
 
@@ -44,11 +46,17 @@ class RemoveChannels(Pass):
         if any(NARROWED in n.inputs[1].name for n in layers):
             return False
         x = layers[0].inputs[0]
-        above = region(graph, x, frozenset(found.layers), found.channels, found.axis)
-        if above is None:
+        readers = frozenset(found.layers)
+        attention = heads(graph, x, readers) if found.size > 1 else None
+        above = region(graph, x, readers, found.channels, found.axis) if found.size == 1 else None
+        if above is not None:
+            widen(graph, above, found.kept, NARROWED)
+            tell(graph, above.tensors)
+        elif attention is not None:
+            keep(graph, attention, found.kept, NARROWED)
+            tell(graph, attention.tensors)
+        else:
             raise GraphError(f"no channels of {x.name!r} can be taken out as the plan says; this is a bug in onnxq")
-        widen(graph, above, found.kept, NARROWED)
-        tell(graph, above.tensors)
         for node, weight in zip(layers, found.weights, strict=True):
             name = unused(graph, node.inputs[1].name, NARROWED)
             graph.replace_input(node, 1, graph.constant(name, np.asarray(weight, np.float32)))
