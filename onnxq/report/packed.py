@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,12 +77,17 @@ def conditions(found: Found) -> list[str]:
                 "zeros on, float32 from 67 %", "the runtime makes weights dense as it loads the model: zeros save "
                 "bytes, not time; --as functions is smaller"]
     lines = [f"loading takes an estimated {wording.size(found['peak'])} of memory, dense "
-             f"{wording.size(found['dense_peak'])}; allowed were {wording.size(found['limit'])}",
+             f"{wording.size(found['dense_peak'])}; allowed were {_limit(found['limit'])}",
              "weights are decoded once, as the model is loaded, and run as dense ones do: zeros save bytes, not time"]
     spared = found["packed_bytes"] - found["fewest_bytes"]
     if spared > _WORTH_TELLING * found["packed_bytes"]:
         lines.append(f"another {wording.size(spared)} could go with --load-memory {_rounded(found['fewest_peak'])}")
     return lines
+
+
+def _limit(count: int) -> str:
+    """The limit; none where one on the file's size goes before it."""
+    return "any" if count == sys.maxsize else wording.size(count)
 
 
 def _rounded(count: int) -> str:
