@@ -83,7 +83,7 @@ def test_a_transposed_gemm_is_normal_by_then(opened: Opener) -> None:
     (one("MatMul", "x w", (32,), {"w": random(32, 32)}), "its activation has rank 1"),
     (one("Gemm", "x w b", (4, 32), {"w": random(32, 32), "b": random(4, 32)}),
      "its form (transA, or a bias that is not one number per column) has no int8 kernel"),
-    (one("Relu", "x", (4, 32), {}), "scheme w4a16 quantizes MatMul, Gemm, Gather alone"),
+    (one("Relu", "x", (4, 32), {}), "scheme w4a16 quantizes MatMul, Gemm, Gather, Conv alone"),
 ], ids=["small", "left", "batched", "vector", "bias", "operator"])
 def test_what_stays_float(model: onnx.ModelProto, reason: str, opened: Opener) -> None:
     found = verdicts(opened(model))["y"]
@@ -118,13 +118,6 @@ def test_a_bias_add_goes_with_its_layer(opened: Opener) -> None:
     assert {n.node: described(n) for n in found.values() if n.node != "y"} == {"m": "MatMulNBits", "a": "part of m"}
     assert (found["m"].bias_add, found["m"].result) == ("a", "a")
     assert found["y"].scheme == "float"
-
-
-def test_a_conv_is_stored_per_channel(opened: Opener) -> None:
-    model = make_model([op("Conv", "x w", "y")], {"x": [1, 16, 8, 8]}, {"y": None}, {"w": random(24, 16, 3, 3)})
-    found = outlined(opened(model))
-    assert described(found.nodes["y"]).startswith("stored: weights stored as int8 to save space, computed in float: ")
-    assert (found.nodes["y"].stored, found.formats) == (("w",), {})
 
 
 # ------------------------------------------------------------------ weights of several readers
@@ -198,7 +191,7 @@ def test_what_was_measured_slower_is_decoded_at_load(opened: Opener) -> None:
 def test_a_target_without_such_kernels(opened: Opener) -> None:
     bare = replace(CPU, name="bare", lowerings={k: v for k, v in CPU.lowerings.items() if k[1] != "blocks"})
     found = verdicts(opened(one("MatMul", "x w", (4, 64), {"w": random(64, 64)})), "w8a16", bare)["y"]
-    assert found.endswith(f"{DECODED}: bare has no kernel for such weights")
+    assert found.endswith(f"{DECODED}: bare has no kernel for such weights of a MatMul")
 
 
 def test_layers_in_bodies_take_blocks_without_their_bias_add(opened: Opener) -> None:
