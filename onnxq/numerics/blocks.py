@@ -13,6 +13,7 @@ above, so the scale takes the sign that suits the block: negative scales are as 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from onnxq.numerics.packing import Blobs
 Search = Literal["absmax", "mse"]
 
 CELLS = 1 << 17  # weights of a chunk: enough that calls of numpy cost little, few enough for the caches of a core
+SLAB = 32 << 20  # bytes of a mapped weight that are copied ahead
 COLUMNS = 512  # of a chunk: 2 kB of a row of the weight at a time
 
 
@@ -70,13 +72,42 @@ def quantize_packed(w: npt.NDArray[Any], dtype: DType, block_size: int, symmetri
     codes = np.empty((layout.outputs, layout.blocks, block_size * bits // 8), np.uint8)
     scales = np.empty(codes.shape[:2], np.float32)
     zero_points = np.empty(codes.shape[:2], np.uint8)
-    for chunk in layout.chunks():
-        x, place = chunk.read(w), chunk.place[::-1]
-        scale, zeros = find(chunk, x)
-        zeros = np.broadcast_to(np.asarray(zeros, np.float32), scale.shape)
-        scales[place], zero_points[place] = scale.T, zeros.T
-        packing.pack_blocks(_codes(x, scale, zeros, block_size, 2**bits - 1), bits, codes[place])
+    whole = importance is not None or hessian is not None
+    for blocks, columns, part in [(slice(None), slice(None), w)] if whole else slabs(w, block_size):
+        for chunk in _Layout(part.shape[0], part.shape[1], block_size).chunks():
+            x, place = chunk.read(part), chunk.place[::-1]
+            scale, zeros = find(chunk, x)
+            zeros = np.broadcast_to(np.asarray(zeros, np.float32), scale.shape)
+            scales[columns, blocks][place], zero_points[columns, blocks][place] = scale.T, zeros.T
+            packing.pack_blocks(_codes(x, scale, zeros, block_size, 2**bits - 1), bits, codes[columns, blocks][place])
     return codes, scales, packing.pack_zero_points(zero_points, bits)
+
+
+def slabs(w: npt.NDArray[Any], block_size: int) -> Iterator[tuple[slice, slice, npt.NDArray[Any]]]:
+    """(blocks, columns, values) of w [K, N] in pieces of about SLAB bytes as they lie in memory, whole blocks each.
+
+    What is mapped from a file is copied, the next piece while one is worked on: pages are read in their order, and by
+    another core. Anything else comes in one piece, as it is.
+    """
+    if not isinstance(w, np.memmap) or w.nbytes <= SLAB:
+        yield slice(None), slice(None), w
+        return
+    lines = bool(w.flags.c_contiguous)  # else the columns are what lies together
+    count, unit = (w.shape[0], block_size) if lines else (w.shape[1], 1)
+    step = max(SLAB * count // w.nbytes // unit, 1) * unit
+    starts = range(0, count, step)
+
+    def copied(first: int) -> npt.NDArray[Any]:
+        return np.array(w[first : first + step] if lines else w[:, first : first + step], order="K")
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(copied, 0)
+        for first in starts:
+            part = coming.result()
+            if first + step < count:
+                coming = pool.submit(copied, first + step)
+            blocks = slice(first // unit, -(-(first + len(part)) // unit)) if lines else slice(None)
+            yield blocks, slice(None) if lines else slice(first, first + step), part
 
 
 @dataclass(frozen=True)

@@ -290,3 +290,20 @@ def test_what_does_not_fit_is_refused(w, dtype, size, says):
 def test_counts_that_do_not_fit_are_refused(keywords, says):
     with pytest.raises(ValueError, match=says):
         choose(np.ones((3, 2), np.float32), INT4, 2, True, **{"search": "mse", **keywords})
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("inputs", [96, 100, 33])
+def test_what_is_mapped_is_packed_piece_by_piece(tmp_path, monkeypatch, transposed, inputs):
+    """The same bytes as of an array in memory, whatever the pieces and the order in the file."""
+    w = weight(3, inputs, 40)
+    np.save(tmp_path / "w.npy", np.ascontiguousarray(w.T) if transposed else w)
+    mapped = np.load(tmp_path / "w.npy", mmap_mode="r")
+    mapped = mapped.T if transposed else mapped
+    monkeypatch.setattr(blocks, "SLAB", 2000)
+    pieces = list(blocks.slabs(mapped, 32))
+    assert len(pieces) > 1
+    assert max(part.nbytes for _, _, part in pieces) <= max(2000, 32 * 40 * 4)
+    both = (quantize_packed(values, UINT4, 32, False) for values in (mapped, w))
+    for found, wanted in zip(*both, strict=True):
+        np.testing.assert_array_equal(found, wanted)
