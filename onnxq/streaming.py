@@ -44,7 +44,7 @@ def verified(graph: Graph, plan: Plan, request: Request, verdict: Verdict) -> No
                            "--max-memory allows; nothing was timed, and weights were rounded by themselves")
     if request.calib is not None or request.evaluation is not None:
         verdict.notices.append("the data were not used, as the model was not run; give --max-memory more to use them")
-    found = check(graph, plan, request.target, request.options, request.format)
+    found = check(graph, plan, request.target, request.options, request.format, limit(request))
     verdict.failures += found.faults
     if found.kernels:
         verdict.notices.append(f"{found.kernels} kernels, one of each form, agree with decoded weights to "

@@ -21,7 +21,8 @@ from onnxq.targets import Target
 
 LEAST_DB = 25.0  # activations rounded to int8 in blocks leave 35 and more
 _ROWS = 4
-_MOST_WEIGHTS = 1 << 24  # of a layer that is checked: its decoded form takes five floats for each
+_MOST_WEIGHTS = 1 << 24  # of a layer that is checked
+_BYTES = 20  # for each of them: its decoded form takes five floats
 
 
 @dataclass
@@ -33,8 +34,12 @@ class Checked:
     faults: list[str] = field(default_factory=list)
 
 
-def check(graph: Graph, plan: Plan, target: Target, options: SessionOptions, fmt: str) -> Checked:
-    """Run one layer of each form (operator, shape, dtype, block size, bias) on random rows, and its decoded form."""
+def check(graph: Graph, plan: Plan, target: Target, options: SessionOptions, fmt: str, memory: int) -> Checked:
+    """Run one layer of each form (operator, shape, dtype, block size, bias) on random rows, and its decoded form.
+
+    A layer whose decoded form takes more than `memory` bytes is left out.
+    """
+    most = min(_MOST_WEIGHTS, memory // _BYTES)
     found, nodes = Checked(), {n.name: n for n in graph.nodes}
     seen: set[object] = set()
     random = np.random.default_rng(0)
@@ -45,7 +50,7 @@ def check(graph: Graph, plan: Plan, target: Target, options: SessionOptions, fmt
             continue
         dims = tuple(int(d or 0) for d in shape_of(weight_of(node)) or ())
         key = (node.op, dims, form, verdict.bias_add is not None or len(node.inputs) > 2)
-        if key in seen or np.prod(dims) > _MOST_WEIGHTS:
+        if key in seen or np.prod(dims) > most:
             continue
         seen.add(key)
         feed = {node.inputs[_reads(node)].name: _rows(node, dims, random)}
