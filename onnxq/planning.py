@@ -190,6 +190,7 @@ class Planning:
         pruning.check_pruned(plan, self.graph_for(Plan("", "", narrowed=plan.narrowed)))
         check_smoothings(plan, self.base)
         self.graph = self.graph_for(plan)
+        ties.check(plan, self.graph)
         return replayed(plan, self.graph)
 
     def _before_scaling(self, smoothings: Mapping[str, Smoothing] = MappingProxyType({})) -> Plan:

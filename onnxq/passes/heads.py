@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,13 +19,14 @@ _MOST = 64  # nodes of one attention
 @dataclass(frozen=True)
 class Heads:
     """An attention of `count` heads of `size` columns each: constants with a column for each of theirs, Reshapes that
-    divide columns into heads or join them, and the computed tensors that have a head less for each that goes."""
+    divide columns into heads or join them, and the computed tensors that have a head less for each that goes, with the
+    axis of the heads, or -1 where they are columns."""
 
     count: int
     size: int
     constants: tuple[Constant, ...]
     reshapes: tuple[str, ...]
-    tensors: tuple[str, ...]
+    places: dict[str, int]
 
 
 @dataclass
@@ -36,33 +37,49 @@ class _Walk:
     nodes: dict[str, Node] = field(default_factory=dict)
     constants: list[Constant] = field(default_factory=list)
     reshapes: list[str] = field(default_factory=list)
+    places: dict[str, int] = field(default_factory=dict)
 
-    def up(self, tensor: Tensor) -> bool:
-        """Collect what makes a tensor that has heads; whether all of it is known."""
-        node = self.graph.producer(tensor)
-        if node is None or len(self.nodes) > _MOST or node.domain or len([t for t in node.outputs if t.name]) != 1:
+    def joined(self, node: Node) -> bool:
+        """Collect what makes a Reshape that joins heads."""
+        self._take(node, -1)
+        self.reshapes.append(node.name)
+        return self.up(node.inputs[0], len(shape_of(node.inputs[0]) or ()) - 2)
+
+    def up(self, tensor: Tensor, place: int) -> bool:
+        """Collect what makes a tensor whose axis `place` is that of the heads; whether heads keep to themselves in all
+        of it."""
+        node, dims = self.graph.producer(tensor), shape_of(tensor)
+        if node is None or dims is None or node.domain or len([t for t in node.outputs if t.name]) != 1:
+            return False
+        if place < 0 or place >= len(dims) or dims[place] != self.heads or len(self.nodes) > _MOST:
             return False
         if node.name in self.nodes:
-            return True
-        self.nodes[node.name] = node
+            return self.places[tensor.name] == place
+        self._take(node, place)
         if node.op == "Reshape":
             self.reshapes.append(node.name)
-            if _joins(node, self.heads, self.size):
-                return self.up(node.inputs[0])
-            return _divides(node, self.heads, self.size) and self.columns(node.inputs[0])
+            return _divides(node, self.heads, self.size) and place == len(dims) - 2 and self.columns(node.inputs[0])
         if node.op == "MatMul" and not any(is_constant(t) for t in node.inputs):
-            return all(self.up(t) for t in node.inputs)
-        if node.op not in _INSIDE:
+            ranks = {len(shape_of(t) or ()) for t in node.inputs}
+            return place < len(dims) - 2 and ranks == {len(dims)} and all(self.up(t, place) for t in node.inputs)
+        if node.op == "Transpose":
+            perm = node.attrs.get("perm", list(range(len(dims)))[::-1])
+            return self.up(node.inputs[0], int(perm[place]))
+        if node.op == "Softmax" and int(node.attrs.get("axis", -1)) % len(dims) == place:
             return False
-        return all(self._beside(t) for t in node.inputs if t.name)
+        return node.op in _INSIDE and all(self._beside(t, place - len(dims)) for t in node.inputs if t.name)
 
-    def _beside(self, tensor: Tensor) -> bool:
-        """An input of what works element by element: with heads of its own, or the same for all of them."""
+    def _take(self, node: Node, place: int) -> None:
+        self.nodes[node.name], self.places[node.outputs[0].name] = node, place
+
+    def _beside(self, tensor: Tensor, from_end: int) -> bool:
+        """An input of what works element by element: the same for all heads, or with heads of its own."""
         dims = shape_of(tensor)
         if dims is None:
             return False
-        alike = not {self.heads, self.heads * self.size} & {d for d in dims if isinstance(d, int)}
-        return alike or (not is_constant(tensor) and self.up(tensor))
+        if len(dims) + from_end < 0 or dims[from_end] == 1:
+            return True
+        return not is_constant(tensor) and self.up(tensor, len(dims) + from_end)
 
     def columns(self, tensor: Tensor) -> bool:
         """The same of a tensor [.., H D], up to the layers that make its columns."""
@@ -70,8 +87,8 @@ class _Walk:
         if node is None or len(self.nodes) > _MOST or (shape_of(tensor) or (None,))[-1] != width:
             return False
         if node.name in self.nodes:
-            return True
-        self.nodes[node.name] = node
+            return self.places[tensor.name] == -1
+        self._take(node, -1)
         if not is_layer(node) and (node.op not in ELEMENTWISE or node.domain):
             return False
         for k, one in enumerate(node.inputs):
@@ -95,14 +112,15 @@ def heads(graph: Graph, tensor: Tensor, readers: frozenset[str]) -> Heads | None
     """
     joins = graph.producer(tensor)
     dims = shape_of(joins.inputs[0]) if joins is not None and joins.op == "Reshape" else None
-    if dims is None or len(dims) < 2 or not all(isinstance(d, int) and d > 1 for d in dims[-2:]):
+    if joins is None or dims is None or len(dims) < 2 or not all(isinstance(d, int) and d > 1 for d in dims[-2:]):
         return None
     count, size = (int(d or 0) for d in dims[-2:])
     walk = _Walk(graph, count, size)
-    if not walk.up(tensor) or not walk.constants or not _closed(graph, walk.nodes.values(), readers):
+    if not _joins(joins, count, size) or not walk.joined(joins) or not walk.constants:
         return None
-    names = tuple(n.outputs[0].name for n in walk.nodes.values())
-    return Heads(count, size, tuple(walk.constants), tuple(walk.reshapes), names)
+    if not _closed(graph, walk.nodes.values(), readers):
+        return None
+    return Heads(count, size, tuple(walk.constants), tuple(walk.reshapes), walk.places)
 
 
 def _closed(graph: Graph, nodes: Iterable[Node], readers: frozenset[str]) -> bool:
@@ -143,16 +161,8 @@ def keep(graph: Graph, found: Heads, kept: npt.NDArray[np.int64], suffix: str) -
         into = [0] * (rank - 1) + [columns.size] if joined else [0] * (rank - 2) + [len(kept), found.size]
         node.attrs.pop("allowzero", None)  # a 0 is a size that stays
         graph.replace_input(node, 1, graph.constant(unused(graph, f"{name}.shape", suffix), np.asarray(into, np.int64)))
-    inside = set(found.tensors)
-    for tensor in (t for n in nodes.values() for t in n.outputs if t.name in inside):
-        tensor.shape = _fewer(tensor.shape, found, len(kept))
-
-
-def _fewer(dims: Sequence[int | str | None] | None, found: Heads, left: int) -> list[int | str | None] | None:
-    """Sizes with `left` heads: the columns of all, or else the first size that is their number."""
-    if dims is None:
-        return None
-    if dims[-1] == found.count * found.size:
-        return [*dims[:-1], left * found.size]
-    place = next((k for k, d in enumerate(dims) if d == found.count), None)
-    return [left if k == place else d for k, d in enumerate(dims)]
+    for tensor in (t for n in nodes.values() for t in n.outputs if t.name in found.places):
+        place = found.places[tensor.name]
+        dims = list(tensor.shape)
+        dims[place] = columns.size if place < 0 else len(kept)
+        tensor.shape = dims

@@ -69,7 +69,8 @@ def is_layer(node: Node) -> bool:
     """Whether a node is a MatMul or Gemm with a stored matrix."""
     weight = node.inputs[1] if len(node.inputs) > 1 else None
     return (node.op in ("MatMul", "Gemm") and not node.domain and not node.attrs and weight is not None
-            and is_constant(weight) and dtype_of(weight) == np.float32 and len(shape_of(weight) or ()) == 2)
+            and is_constant(weight) and dtype_of(weight) == np.float32 and len(shape_of(weight) or ()) == 2
+            and all(is_constant(t) for t in node.inputs[2:] if t.name))
 
 
 def _filters(node: Node) -> bool:
@@ -98,7 +99,8 @@ def _constants(nodes: Iterable[Node], channels: int, axis: int) -> tuple[Constan
                 continue
             dims = shape_of(tensor) or ()
             place = -1 if axis == LAST else 0 if node.op == "Conv" else len(dims) - rank + 1
-            if dims and place >= -len(dims) and dims[place] == channels and dtype_of(tensor) == np.float32:
+            has_channels = bool(dims) and (axis == LAST or place >= 0)
+            if has_channels and dims[place] == channels and dtype_of(tensor) == np.float32:
                 found.append(Constant(node.name, k, place))
             elif (axis == LAST and dims and dims[-1] != 1) or (axis == 1 and any(d != 1 for d in dims)):
                 return None

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, Node, Tensor, up_to
+from onnxq.graph import Graph, Node, Tensor, shape_of, up_to
 from onnxq.numerics.channel_pruning import DAMPING, remove
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.sampling import View
@@ -83,7 +83,8 @@ def narrow(graph: Graph, asked: Sparsity, spared: Collection[str], by: Calibrate
     made: list[Taken] = []
     kept = frozenset(spared)
     tasks = [(group, 1, _count(group.channels, asked.channels_share)) for group in candidates(graph, kept)]
-    tasks += [(group, size, int(group.channels // size * asked.heads_share)) for group, size in attentions(graph, kept)]
+    tasks += [(group, size, int(group.channels // size * asked.heads_share + 1e-9))
+              for group, size in attentions(graph, kept)]
     order = {n.name: k for k, n in enumerate(graph.nodes)}
     for group, size, count in sorted(tasks, key=lambda task: order[str(task[0].layers[0].name)]):
         drift = _observed(graph, group, made, by, how) if count else None
@@ -96,13 +97,20 @@ def _observed(graph: Graph, group: Group, made: Sequence[Taken], by: Calibrated,
     """What a group's layers read, in float and with what is narrowed before them so."""
     whole = up_to(graph, [group.name]) if graph.producer(group.tensor) is not None else graph
     nodes = {n.name for n in whole.nodes}
-    before = {one.rewrite.tensor: one.rewrite for one in made if nodes.issuperset(one.rewrite.layers)}
+    before = {one.rewrite.tensor: part for one in made if (part := _within(one.rewrite, nodes)) is not None}
     twin = whole.copy() if before else None
     if twin is not None:
         RemoveChannels().run(twin, Context(plan=Plan("", "", narrowed=before)))
     seen = Seen(group.views[0], paired=twin is not None)
     observer.fold(whole, {}, by.data, how, by.options, by.progress, [{group.name: seen}], twin)
     return seen.drift
+
+
+def _within(one: Narrowed, nodes: Collection[str]) -> Narrowed | None:
+    """What is left of a rewrite where some of its layers are cut off; None where all are."""
+    here = [k for k, name in enumerate(one.layers) if name in nodes]
+    parts = tuple(one.layers[k] for k in here), tuple(one.weights[k] for k in here)
+    return replace(one, layers=parts[0], weights=parts[1]) if here else None
 
 
 def say(plan: Plan, taken: Sequence[Taken]) -> None:
@@ -140,6 +148,15 @@ def check(plan: Plan, graph: Graph) -> None:
 
 
 def _fits(graph: Graph, one: Narrowed, tensor: Tensor) -> bool:
+    nodes = {n.name: n for n in graph.nodes}
+    for name, weight in zip(one.layers, one.weights, strict=True):
+        wanted = [int(d or 0) for d in shape_of(nodes[name].inputs[1]) or ()]
+        along = 1 if nodes[name].op == "Conv" else 0
+        if len(wanted) <= along or wanted[along] != one.channels * one.size:
+            return False
+        wanted[along] = len(one.kept) * one.size
+        if list(weight.shape) != wanted:
+            return False
     if one.size == 1:
         return region(graph, tensor, frozenset(one.layers), one.channels, one.axis) is not None
     found = heads(graph, tensor, frozenset(one.layers))

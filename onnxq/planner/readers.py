@@ -89,7 +89,8 @@ def every_group(graph: Graph) -> list[Group]:
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
         if node.op in ("MatMul", "Gemm", "Conv") and not node.domain and len(node.inputs) > 1 and is_constant(
-                node.inputs[1]) and not is_constant(node.inputs[0]):
+                node.inputs[1]) and not is_constant(node.inputs[0]) and all(
+                is_constant(t) for t in node.inputs[2:] if t.name):
             found.setdefault(node.inputs[0].name, []).append(node)
     whole = [layers for layers in found.values()
              if {n.name for n in graph.consumers(layers[0].inputs[0])} == {n.name for n in layers}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq.graph import Graph, Tensor, dtype_of, shape_of
+from onnxq.errors import UsageError
+from onnxq.graph import Graph, Tensor, dtype_of, is_constant, shape_of
+from onnxq.plan import Plan
 from onnxq.planner.weight_only import LINEAR, readers
 
 _ROWS = 256  # that are compared at a time
@@ -33,8 +35,20 @@ def find(graph: Graph) -> dict[str, str]:
     return found
 
 
+def check(plan: Plan, graph: Graph) -> None:
+    """Whether tables whose codes are those of a layer's weight still are its transpose. Raises UsageError if not."""
+    constants = {t.name: t for node, _ in graph.walk() for t in node.inputs if t.name and is_constant(t)}
+    for table, weight in plan.ties.items():
+        pair = constants.get(table), constants.get(weight)
+        if pair[0] is None or pair[1] is None or not _transposes(graph, pair[0], pair[1]):
+            raise UsageError(f"the plan was made for another model: {table!r} is not the transpose of {weight!r} in "
+                             "this one; make a plan of this model with --save-plan DIR")
+
+
 def _transposes(graph: Graph, table: Tensor, weight: Tensor) -> bool:
     """A corner is compared first, so that tensors that only have such shapes cost little, on the disk, too."""
+    if _dims(table) != _dims(weight)[::-1]:
+        return False
     some = (np.asarray(graph.read_rows(one, 0, _CORNER)[:, :_CORNER]) for one in (table, weight))
     if not np.array_equal(next(some), next(some).T):
         return False

@@ -170,3 +170,46 @@ def test_the_projects_encoder_is_faster_by_products_that_are_gone(tmp_path: Path
     assert report.size.ratio < 0.95
     assert report.accuracy is not None
     assert all(one.cosine > 0.9 for one in report.accuracy.outputs.values())
+
+
+def test_constants_along_another_axis_and_computed_biases_are_no_channels(opened: Opener) -> None:
+    """A number for each place of 32 places, of 32 channels; what a Gemm adds that is computed."""
+    along = make_model([node("Conv", "x a", "h", name="first"), node("Add", "h p", "r"), node("Relu", "r", "t"),
+                        node("Conv", "t w", "y", name="last")], {"x": [1, 4, 32]}, {"y": None},
+                       {"a": random(32, 4, 1), "p": random(32), "w": random(8, 32, 1)})
+    assert narrowing.candidates(canonical(opened(along)), frozenset()) == []
+    for nodes in ([node("Gemm", "x a c", "h"), node("Relu", "h", "t"), node("Gemm", "t w", "y")],
+                  [node("Gemm", "x a", "h"), node("Relu", "h", "t"), node("Gemm", "t v t", "y")]):
+        used = {name for n in nodes for name in n.input}
+        stored = {"a": random(C, C), "w": random(C, 8), "v": random(C, C)}
+        inputs = {"x": [3, C], "c": [3, C]}
+        model = make_model(nodes, {k: v for k, v in inputs.items() if k in used}, {"y": None},
+                           {k: v for k, v in stored.items() if k in used})
+        assert narrowing.candidates(canonical(opened(model)), frozenset()) == []
+
+
+def test_what_was_narrowed_is_narrowed_again(tmp_path: Path) -> None:
+    model, calib = saved(tmp_path, "gated")
+    for before, after in ((model, "one.onnx"), (tmp_path / "one.onnx", "two.onnx")):
+        onnxq.compile(before, tmp_path / after, scheme="float", calib=str(calib), prune_channels="50%", measure=False)
+    sizes = [[list(t.dims) for t in onnx.load(tmp_path / name).graph.initializer if len(t.dims) == 2]
+             for name in ("one.onnx", "two.onnx")]
+    assert [32, 12] in sizes[0]
+    assert [16, 12] in sizes[1]
+
+
+def test_layers_beside_are_no_reason_to_forget_what_came_before(tmp_path: Path) -> None:
+    """A tensor that two layers read, one of them on the way to the next tensor."""
+    stored = {"a": random(24, C), "b": random(C, C, seed=1), "c": random(C, 8, seed=2), "d": random(C, 8, seed=3)}
+    nodes = [node("MatMul", "x a", "h"), node("Relu", "h", "t"), node("MatMul", "t b", "u"), node("MatMul", "t d", "z"),
+             node("Relu", "u", "v"), node("MatMul", "v c", "y")]
+    onnx.save(make_model(nodes, {"x": ["n", 24]}, {"y": ["n", 8], "z": ["n", 8]}, stored), tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", x=random(256, 4) @ random(4, 24, seed=8))
+    report = onnxq.compile(tmp_path / "m.onnx", tmp_path / "q.onnx", scheme="float", prune_channels="50%",
+                           calib=str(tmp_path / "calib.npz"), measure=False)
+    assert report.ok, report.verdict.failures
+    assert "64 of 128 channels are taken out, at 2 tensors" in report.verdict.notices
+    x = np.load(tmp_path / "calib.npz")["x"]
+    for name in "yz":
+        before, after = (run(tmp_path / path, {"x": x}, optimize=True)[name] for path in ("m.onnx", "q.onnx"))
+        assert np.square(after - before).sum() < 0.02 * np.square(before).sum()

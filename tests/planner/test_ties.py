@@ -15,6 +15,7 @@ from onnx import TensorProto
 
 import onnxq
 from onnxq import Plan
+from onnxq.errors import UsageError
 from onnxq.passes.canonicalize.fold_constants import FoldConstants
 from onnxq.passes.manager import Context
 from onnxq.planner import ties
@@ -131,3 +132,11 @@ def test_a_large_table_is_transposed_as_it_is_read(opened: Opener) -> None:
     np.testing.assert_array_equal(graph.read(head.inputs[1]), table().T)
     assert [n.op for n in graph.nodes] == ["Gather", "Tanh", "MatMul"]
     assert list(ties.find(graph)) == ["t"]
+
+
+def test_a_plan_for_a_model_that_is_not_tied_is_refused(tmp_path: Path) -> None:
+    for name, weight in (("a", None), ("b", random(D, V, seed=9))):
+        onnx.save(model("constant", weight), tmp_path / f"{name}.onnx")
+    onnxq.compile(tmp_path / "a.onnx", tmp_path / "q.onnx", scheme="w4a16", measure=False, save_plan=tmp_path / "plan")
+    with pytest.raises(UsageError, match="'t' is not the transpose of 'w' in this one"):
+        onnxq.compile(tmp_path / "b.onnx", tmp_path / "o.onnx", plan=tmp_path / "plan", measure=False)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.errors import GraphError
-from onnxq.graph import Graph
+from onnxq.graph import Graph, shape_of
 from onnxq.passes.absorbing import unused
 from onnxq.passes.heads import heads, keep
 from onnxq.passes.manager import Context, Pass
@@ -43,9 +43,9 @@ class RemoveChannels(Pass):
     def _narrow(graph: Graph, found: Narrowed) -> bool:
         nodes = {n.name: n for n in graph.nodes}
         layers = [nodes[name] for name in found.layers]
-        if any(NARROWED in n.inputs[1].name for n in layers):
-            return False
-        x = layers[0].inputs[0]
+        x, along = layers[0].inputs[0], 1 if layers[0].op == "Conv" else 0
+        if (shape_of(layers[0].inputs[1]) or ())[along] != found.channels * found.size:
+            return False  # they are gone already
         readers = frozenset(found.layers)
         attention = heads(graph, x, readers) if found.size > 1 else None
         above = region(graph, x, readers, found.channels, found.axis) if found.size == 1 else None
@@ -54,7 +54,7 @@ class RemoveChannels(Pass):
             tell(graph, above.tensors)
         elif attention is not None:
             keep(graph, attention, found.kept, NARROWED)
-            tell(graph, attention.tensors)
+            tell(graph, attention.places)
         else:
             raise GraphError(f"no channels of {x.name!r} can be taken out as the plan says; this is a bug in onnxq")
         for node, weight in zip(layers, found.weights, strict=True):
