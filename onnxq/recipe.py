@@ -248,7 +248,7 @@ class Recipe:
                               f"use {', '.join(weight_only_names())}, or leave --target-bits and --max-size out")
         if self.bits.are_chosen and narrow and not self.pack:
             raise RecipeError("bits: few of them save nothing before weights are packed; give --pack, or `pack: true`")
-        if self.sparsity.wanted is not None and (self.scheme.is_weight_only or self.scheme.has_two_levels):
+        if self.sparsity.wanted is not None and self.scheme.has_blocks:
             raise RecipeError(f"sparsity: scheme {self.scheme.name} stores weights in blocks, where zeros save "
                               "nothing; use w8a8, w8a8-dynamic or float, or leave --sparsity and --pattern out")
         check_size("load_memory", self.load_memory)

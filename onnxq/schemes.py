@@ -59,9 +59,7 @@ _BLOCKS: dict[str, tuple[Any, ...]] = {
     "dtype": ("int2", "int4", "int8", "uint2", "uint4", "uint8"), "granularity": ("block",), "dynamic": (False,),
     "block_size": BLOCK_SIZES, "search": SEARCHES, "bits": (None,)}
 # levels of 4 bits whose scales are multiples of a channel's: integer kernels read int8 (see numerics.two_level)
-_TWO_LEVELS: dict[str, tuple[Any, ...]] = {
-    "dtype": ("int4",), "symmetric": (True,), "granularity": ("block",), "dynamic": (False,),
-    "block_size": BLOCK_SIZES, "search": SEARCHES, "bits": (None,)}
+_TWO_LEVELS: dict[str, tuple[Any, ...]] = {**_BLOCKS, "dtype": ("int4",), "symmetric": (True,)}
 _ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token"), "bits": (None,)}
 
 
@@ -116,9 +114,14 @@ class Scheme:
         return self.weights is not None and self.activations is None
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether weights have scales per block, whatever activations are."""
+        return self.weights is not None and self.weights.granularity == "block"
+
+    @property
     def has_two_levels(self) -> bool:
         """Whether weights have scales per block beside quantized activations, as multiples of a channel's."""
-        return self.weights is not None and self.activations is not None and self.weights.granularity == "block"
+        return self.has_blocks and self.activations is not None
 
     @property
     def for_stored(self) -> Scheme | None:

@@ -320,23 +320,19 @@ def _values(part: Part, graph: Graph, node: Node, tensor: Tensor, scheme: Scheme
         part.statistics |= channel_statistics(values, axis)
     if scheme is not None and node.op not in weight_only.LINEAR:
         scheme = scheme.for_stored or scheme
-    if scheme is not None and _in_blocks(scheme) and node.op in weight_only.TAKERS:
+    if scheme is not None and scheme.has_blocks and node.op in weight_only.TAKERS:
         matrix = values.reshape(len(values), -1)
         params = _block_params(matrix, node, scheme)
         part.encoding, part.statistics["sqnr_db"] = codes.of_params(params, count).to_dict(), _sqnr(matrix, params)
     elif scheme is not None and scheme.weights is not None:
         # what has no blocks under such a scheme is stored as int8, by channel
-        dtype = INT8 if _in_blocks(scheme) else by_name(scheme.weights.dtype)
+        dtype = INT8 if scheme.has_blocks else by_name(scheme.weights.dtype)
         chosen = axis if scheme.weights.granularity != "tensor" or not part.codes else None
         params = affine.weight_params(values, chosen, dtype)
         part.encoding = codes.of_params(params, count).to_dict()
         part.statistics["sqnr_db"] = _sqnr(values, params)
         if chosen is not None:
             part.statistics["sqnr_db_per_tensor"] = _sqnr(values, affine.weight_params(values, None, dtype))
-
-
-def _in_blocks(scheme: Scheme) -> bool:
-    return scheme.weights is not None and scheme.weights.granularity == "block"
 
 
 def _block_params(values: np.ndarray[Any, Any], node: Node, scheme: Scheme) -> affine.QuantParams:

@@ -151,6 +151,20 @@ def inputs_first(values: Array, axis: int) -> Array:
     return values.T if axis == 1 else values
 
 
+def step(graph: Graph, op: str, inputs: list[Tensor], name: str, shape: Any, attrs: dict[str, object] | None = None,
+         dtype: str = "float32") -> Tensor:
+    """Add a node of what decodes a weight; gives its result, which is called `name`."""
+    made = graph.variable(name, dtype, shape)
+    graph.add_node(op, f"{name}/{op.lower()}", inputs, [made], attrs)
+    return made
+
+
+def bounds(graph: Graph, weight: str, end: int, axis: int) -> list[Tensor]:
+    """Inputs of a Slice that takes off what fills up the last block."""
+    return [graph.constant(f"{weight}.{key}", np.asarray([number], np.int64))
+            for key, number in (("start", 0), ("end", end), ("axis", axis))]
+
+
 def divided(codes: Array, params: QuantParams) -> tuple[Array, Array, Array]:
     """Codes [K, N] as [nb, B, N], filled up with what stands for 0, with scale and zero point [nb, 1, N]."""
     assert params.block_size is not None

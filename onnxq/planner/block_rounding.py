@@ -14,13 +14,14 @@ from onnxq.graph import Graph, Node, Tensor, identity, is_constant, shape_of, up
 from onnxq.numerics import blocks, rounding
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.compensation import Drift
+from onnxq.numerics.sampling import View
 from onnxq.passes.blocks import by_formula as formula
 from onnxq.passes.blocks import inputs_first, matrix, matrix_shape, transposed
 from onnxq.passes.manager import Context
 from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.plain import plain
 from onnxq.plan import Blocks, Plan
-from onnxq.planner.hessians import Halves, chunks
+from onnxq.planner.hessians import Halves, Rows, chunks
 from onnxq.planner.readers import groups
 from onnxq.planner.smoothing import Searching
 from onnxq.planner.weight_only import LINEAR, weight_of
@@ -71,7 +72,7 @@ def by_data(graph: Graph, plan: Plan, by: Searching, spool: Spool | None = None)
 def _affordable(graph: Graph, plan: Plan, names: list[str], by: Searching) -> bool:
     """Whether the model may run once for each of the tensors, half of it on average, and in two forms."""
     weights = sum(int(np.prod([int(d or 0) for d in shape_of(t) or ()])) for t in _weights(graph, plan).values())
-    counted = _Rows()
+    counted = Rows(View())
     observer.fold(up_to(graph, names[:1]), {names[0]: counted}, by.data, by.how, by.options)
     return 2.0 * len(names) * weights * counted.rows <= _WORK
 
@@ -151,17 +152,6 @@ def _quantized(graph: Graph, plan: Plan) -> Graph:
     known = {name: v for name, v in plan.nodes.items() if v.weight in plan.rounded}
     StoreBlocks().run(copy, Context(plan=replace(plan, nodes=known)))
     return copy
-
-
-class _Rows:
-    """How many rows a tensor has."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def update(self, x: Floats) -> None:
-        """Count one batch [.., K]."""
-        self.rows += x.size // x.shape[-1]
 
 
 class _Half:

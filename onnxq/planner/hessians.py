@@ -19,6 +19,31 @@ PATCHES = 1024  # rows that a batch gives a Conv at most: neighbouring patches t
 _LEAST = 1e-30  # of a row's size
 
 
+class Rows:
+    """How many rows layers with a view see."""
+
+    def __init__(self, view: View) -> None:
+        self.view, self.rows = view, 0
+
+    def update(self, x: npt.NDArray[np.float32]) -> None:
+        """Count one batch."""
+        self.rows += self.view.count(x)
+
+
+class Drawing:
+    """Which rows of a batch are taken: all of a layer's, PATCHES of a Conv's at most, the same in every run."""
+
+    def __init__(self, view: View) -> None:
+        self.view, self._random = view, np.random.default_rng(0)
+
+    def next(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """Their places in the next batch."""
+        count = self.view.count(x)
+        if self.view.kernel and count > PATCHES:
+            return self._random.choice(count, PATCHES, replace=False)
+        return np.arange(count)
+
+
 class Half:
     """The Hessian of what layers read of one half of the data, as its codes say.
 
@@ -28,15 +53,12 @@ class Half:
 
     def __init__(self, view: View, decoded: Decoder, alike: bool) -> None:
         self.view, self.decoded, self.alike, self.hessian = view, decoded, alike, Hessian()
-        self._random = np.random.default_rng(0)
+        self._drawing = Drawing(view)
 
     def update(self, x: npt.NDArray[np.float32]) -> None:
         """Fold in one batch."""
-        count = self.view.count(x)
-        wanted = np.arange(count)
-        if self.view.kernel and count > PATCHES:
-            wanted = self._random.choice(count, PATCHES, replace=False)
-        if count:
+        wanted = self._drawing.next(x)
+        if wanted.size:
             rows = self.decoded(self.view.rows(x, wanted))
             if self.alike:
                 sizes = np.linalg.norm(rows, axis=1, keepdims=True)

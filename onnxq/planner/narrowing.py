@@ -82,9 +82,12 @@ def narrow(graph: Graph, asked: Sparsity, spared: Collection[str], by: Calibrate
     """
     made: list[Taken] = []
     kept = frozenset(spared)
-    tasks = [(group, 1, _count(group.channels, asked.channels_share)) for group in candidates(graph, kept)]
-    tasks += [(group, size, int(group.channels // size * asked.heads_share + 1e-9))
-              for group, size in attentions(graph, kept)]
+    tasks: list[tuple[Group, int, int]] = []
+    if asked.channels_share:
+        tasks += [(group, 1, _count(group.channels, asked.channels_share)) for group in candidates(graph, kept)]
+    if asked.heads_share:
+        tasks += [(group, size, int(group.channels // size * asked.heads_share + 1e-9))
+                  for group, size in attentions(graph, kept)]
     order = {n.name: k for k, n in enumerate(graph.nodes)}
     for group, size, count in sorted(tasks, key=lambda task: order[str(task[0].layers[0].name)]):
         drift = _observed(graph, group, made, by, how) if count else None

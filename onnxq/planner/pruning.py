@@ -22,7 +22,7 @@ from onnxq.passes.manager import Context
 from onnxq.passes.transform.prune import Prune
 from onnxq.plain import plain
 from onnxq.plan import Plan
-from onnxq.planner.hessians import PATCHES, chunks
+from onnxq.planner.hessians import Drawing, Rows, chunks
 from onnxq.planner.prunable import Task, find
 from onnxq.planner.scales import finite
 from onnxq.recipe import Recipe
@@ -148,7 +148,7 @@ def _observed(work: _Work, chunk: Sequence[Reading], by: Calibrated,
 def _affordable(graph: Graph, readings: dict[Reading, list[Task]], recipe: Recipe, by: Calibrated) -> bool:
     """Whether the model may run once for each reading, half of it on average, and in two forms; as told by a few rows
     of the data."""
-    counted = {reading: _Rows(reading[1]) for reading in readings}
+    counted = {reading: Rows(reading[1]) for reading in readings}
     if not counted:
         return False
     observer.fold(graph, {}, by.data, replace(recipe.calibration, samples=_FEW), by.options, None, _named(counted))
@@ -187,32 +187,18 @@ def _up_to(graph: Graph, readings: Sequence[Reading]) -> Graph:
     return up_to(graph, computed) if computed else graph
 
 
-class _Rows:
-    """How many rows a tensor has."""
-
-    def __init__(self, view: View) -> None:
-        self.view, self.rows = view, 0
-
-    def update(self, x: Floats) -> None:
-        """Count one batch."""
-        self.rows += self.view.count(x)
-
-
 class Seen:
     """What layers read by one view: in float, or `paired`: as what is pruned makes it, and then in float."""
 
     def __init__(self, view: View, paired: bool) -> None:
         self.view, self.paired, self.drift = view, paired, Drift()
-        self._random = np.random.default_rng(0)
+        self._drawing = Drawing(view)
 
     def update(self, x: Floats) -> None:
         """Fold in one batch; of one whose last axis is twice as long both halves."""
         parts = np.split(x, 2, axis=-1) if self.paired else [x]
-        count = self.view.count(parts[0])
-        wanted = np.arange(count)
-        if self.view.kernel and count > PATCHES:
-            wanted = self._random.choice(count, PATCHES, replace=False)
-        if count:
+        wanted = self._drawing.next(parts[0])
+        if wanted.size:
             self.drift.update(*(self.view.rows(part, wanted) for part in parts))
 
 

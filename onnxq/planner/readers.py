@@ -199,10 +199,7 @@ def _reader(graph: Graph, node: Node, view: View, sample: Sample, scheme: Scheme
 
     def decoded(matrix: Floats) -> Floats:
         values = matrix if node.op != "Conv" else np.ascontiguousarray(matrix.T).reshape(shape)
-        spec = scheme.weights
-        assert spec is not None
-        by_block = spec.granularity == "block"
-        params = block_params(values, scheme) if by_block else weight_params(node, values, scheme, target)
+        params = block_params(values, scheme) if scheme.has_blocks else weight_params(node, values, scheme, target)
         rounded = affine.dequantize(affine.quantize(values, params), params)
         return rounded if node.op != "Conv" else rounded.reshape(shape[0], -1).T
 

@@ -45,6 +45,20 @@ def by(graph: Graph, feeds: Sequence[dict[str, Any]]) -> Calibrated:
     return Calibrated(open_data(list(feeds), graph.ports()), ONE_THREAD)
 
 
+def interrupted_at(place: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let the weight of that place, from 1 on, interrupt the run that comes to it; gives what was begun, as it is."""
+    pruned, taken = pruning._pruned, list[Any]()
+
+    def counted(*args: Any) -> Any:
+        taken.append(args)
+        if len(taken) == place:
+            raise KeyboardInterrupt
+        return pruned(*args)
+
+    monkeypatch.setattr(pruning, "_pruned", counted)
+    return taken
+
+
 def spared(model: onnx.ModelProto, folder: Path, sparsity: Sparsity = HALF, **parts: Any) -> dict[str, str]:
     tasks, why = prunable.find(graph_of(model, folder), asked(sparsity, **parts))
     return dict.fromkeys([layer.name for task in tasks for layer in task.layers], "") | why
@@ -236,16 +250,8 @@ def test_a_large_model_s_layers_do_not_make_up_for_one_another(
     """Each that is observed at once would make up for the same error; what an earlier run did changes nothing."""
     monkeypatch.setattr(pruning, "_WORK", 0.0)
     graph, feeds, spool = graph_of(perceptron(3), tmp_path), [{"x": rows()}], Spool(tmp_path / "spool")
-    whole, pruned, taken = prune(graph, asked(), by(graph, feeds)), pruning._pruned, 0
-
-    def counted(*args: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 2:
-            raise KeyboardInterrupt
-        return pruned(*args)
-
-    monkeypatch.setattr(pruning, "_pruned", counted)
+    whole = prune(graph, asked(), by(graph, feeds))
+    interrupted_at(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prune(graph, asked(), by(graph, feeds), spool)
     again = prune(graph, asked(), by(graph, feeds), spool)
@@ -274,25 +280,17 @@ def test_what_is_wider_than_affordable_goes_by_magnitude(tmp_path: Path, monkeyp
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, feeds, spool, taken = graph_of(perceptron(3), tmp_path), [{"x": rows()}], Spool(tmp_path / "spool"), 0
-    whole, pruned = prune(graph, asked(), by(graph, feeds)), pruning._pruned
-
-    def counted(*args: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        if taken == 3:
-            raise KeyboardInterrupt
-        return pruned(*args)
-
-    monkeypatch.setattr(pruning, "_pruned", counted)
+    graph, feeds, spool = graph_of(perceptron(3), tmp_path), [{"x": rows()}], Spool(tmp_path / "spool")
+    whole = prune(graph, asked(), by(graph, feeds))
+    taken = interrupted_at(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         prune(graph, asked(), by(graph, feeds), spool)
     again = prune(graph, asked(), by(graph, feeds), spool)
-    assert taken == 4
+    assert len(taken) == 4
     assert again.found == whole.found
     assert all(np.array_equal(again.values[name], values) for name, values in whole.values.items())
     prune(graph, asked(Sparsity("25%")), by(graph, feeds), spool)
-    assert taken == 7  # another share is other work
+    assert len(taken) == 7  # another share is other work
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

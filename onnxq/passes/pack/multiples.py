@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from onnxq.graph import Graph, Shared, Tensor, shape_of
 from onnxq.numerics.dtypes import INT4
-from onnxq.passes.blocks import Array, code_type
+from onnxq.passes.blocks import Array, bounds, code_type, step
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.pack.codes import OPSETS
 from onnxq.plan import Plan
@@ -34,13 +34,11 @@ class PackMultiples(Pass):
         if not found or graph.opset < OPSETS[INT4.bits]:
             return False
         shared = Shared()
-        for name in found:
-            codes = graph.made(f"{name}.q")
-            decoded = _decoded(graph, codes, name, context.plan, shared)
-            for node, holder in list(graph.walk()):
-                for index, tensor in enumerate(node.inputs):
-                    if tensor.name == codes.name:
-                        holder.replace_input(node, index, decoded)
+        made = {f"{name}.q": _decoded(graph, graph.made(f"{name}.q"), name, context.plan, shared) for name in found}
+        for node, holder in list(graph.walk()):
+            for index, tensor in enumerate(node.inputs):
+                if tensor.name in made:
+                    holder.replace_input(node, index, made[tensor.name])
         graph.sort()
         return True
 
@@ -60,20 +58,12 @@ def _decoded(graph: Graph, codes: Tensor, name: str, plan: Plan, shared: Shared)
     get = shared.parts(parts, 2)
     levels = graph.computed(f"{name}.levels", narrow, (count, size, outputs), get[0])
     each = graph.computed(f"{name}.multiples", narrow, (count, 1, outputs), get[1])
-    wide = [_step(graph, "Cast", [t], f"{t.name}.wide", "int32", shape_of(t), {"to": _INT32}) for t in (levels, each)]
-    value = _step(graph, "Mul", wide, f"{name}.products", "int32", (count, size, outputs))
-    value = _step(graph, "Cast", [value], f"{name}.divided", "int8", (count, size, outputs), {"to": _INT8})
+    wide = [step(graph, "Cast", [t], f"{t.name}.wide", shape_of(t), {"to": _INT32}, "int32") for t in (levels, each)]
+    value = step(graph, "Mul", wide, f"{name}.products", (count, size, outputs), dtype="int32")
+    value = step(graph, "Cast", [value], f"{name}.divided", (count, size, outputs), {"to": _INT8}, "int8")
     dims = graph.constant(f"{name}.whole", np.asarray([count * size, outputs], np.int64))
-    value = _step(graph, "Reshape", [value, dims], f"{name}.filled", "int8", (count * size, outputs))
+    value = step(graph, "Reshape", [value, dims], f"{name}.filled", (count * size, outputs), dtype="int8")
     if count * size == inputs:
         return value
-    bounds = [graph.constant(f"{name}.{key}", np.asarray([number], np.int64))
-              for key, number in (("start", 0), ("end", inputs), ("axis", 0))]
-    return _step(graph, "Slice", [value, *bounds], f"{name}.codes", "int8", (inputs, outputs))
-
-
-def _step(graph: Graph, op: str, inputs: list[Tensor], name: str, dtype: str, shape: Any,
-          attrs: dict[str, object] | None = None) -> Tensor:
-    made = graph.variable(name, dtype, shape)
-    graph.add_node(op, f"{name}/{op.lower()}", inputs, [made], attrs)
-    return made
+    cut = [value, *bounds(graph, name, inputs, 0)]
+    return step(graph, "Slice", cut, f"{name}.codes", (inputs, outputs), dtype="int8")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from onnxq.graph import Graph, Shared, Tensor, is_constant, shape_of
-from onnxq.passes.blocks import Array, Layout, coded, divided, layout, matrix_shape
+from onnxq.passes.blocks import Array, Layout, bounds, coded, divided, layout, matrix_shape, step
 from onnxq.passes.manager import Context, Pass
 from onnxq.plan import UNTOUCHED, Plan
 
@@ -53,7 +53,7 @@ class StoreBlocks(Pass):
         name = f"{table.name}.decoded"
         if graph.has(name):
             return graph.made(name)
-        return _step(graph, "Transpose", [self._decoded(graph, weight, plan, shared)], name, shape_of(table),
+        return step(graph, "Transpose", [self._decoded(graph, weight, plan, shared)], name, shape_of(table),
                      {"perm": [1, 0]})
 
     def _decoded(self, graph: Graph, weight: Tensor, plan: Plan, shared: Shared) -> Tensor:
@@ -65,22 +65,21 @@ class StoreBlocks(Pass):
         shape, dims = matrix_shape(weight), tuple(int(d or 0) for d in shape_of(weight) or ())
         codes, scale, zero_point = self._parts(graph, weight, form, shape, coded(graph, weight, plan), shared)
         split, whole = _split(shape, form), _whole(shape, form)
-        values = _step(graph, "Cast", [codes], f"{weight.name}.codes", split, {"to": 1})
+        values = step(graph, "Cast", [codes], f"{weight.name}.codes", split, {"to": 1})
         if zero_point is not None:
-            zeros = _step(graph, "Cast", [zero_point], f"{weight.name}.zeros", shape_of(zero_point), {"to": 1})
-            values = _step(graph, "Sub", [values, zeros], f"{weight.name}.levels", split)
-        values = _step(graph, "Mul", [values, scale], f"{weight.name}.blocks.decoded", split)
+            zeros = step(graph, "Cast", [zero_point], f"{weight.name}.zeros", shape_of(zero_point), {"to": 1})
+            values = step(graph, "Sub", [values, zeros], f"{weight.name}.levels", split)
+        values = step(graph, "Mul", [values, scale], f"{weight.name}.blocks.decoded", split)
         into = graph.constant(f"{weight.name}.shape", np.asarray(dims if whole == shape else whole, np.int64))
         if whole == shape:
-            return _step(graph, "Reshape", [values, into], name, dims)
-        values = _step(graph, "Reshape", [values, into], f"{weight.name}.filled", whole)
-        bounds = [graph.constant(f"{weight.name}.{key}", np.asarray([v], np.int64))
-                  for key, v in (("start", 0), ("end", shape[form.axis]), ("axis", form.axis))]
+            return step(graph, "Reshape", [values, into], name, dims)
+        values = step(graph, "Reshape", [values, into], f"{weight.name}.filled", whole)
+        sliced = [values, *bounds(graph, weight.name, shape[form.axis], form.axis)]
         if dims == shape:
-            return _step(graph, "Slice", [values, *bounds], name, shape)
-        values = _step(graph, "Slice", [values, *bounds], f"{weight.name}.filters", shape)
+            return step(graph, "Slice", sliced, name, shape)
+        values = step(graph, "Slice", sliced, f"{weight.name}.filters", shape)
         into = graph.constant(f"{weight.name}.filter_shape", np.asarray(dims, np.int64))
-        return _step(graph, "Reshape", [values, into], name, dims)
+        return step(graph, "Reshape", [values, into], name, dims)
 
     @staticmethod
     def _parts(graph: Graph, weight: Tensor, form: Layout, shape: tuple[int, ...],
@@ -105,10 +104,3 @@ def _split(shape: tuple[int, ...], form: Layout, size: int = 0) -> tuple[int, ..
 
 def _whole(shape: tuple[int, ...], form: Layout) -> tuple[int, ...]:
     return (*shape[:form.axis], form.count(shape) * form.block_size, *shape[form.axis + 1:])
-
-
-def _step(graph: Graph, op: str, inputs: list[Tensor], name: str, shape: Any,
-          attrs: dict[str, object] | None = None) -> Tensor:
-    made = graph.variable(name, "float32", shape)
-    graph.add_node(op, f"{name}/{op.lower()}", inputs, [made], attrs)
-    return made
