@@ -16,6 +16,7 @@ import click
 
 import onnxq
 from onnxq import errors, presets, recipe, schemes
+from onnxq.aiming import facts
 from onnxq.cli import cli
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import lower
@@ -24,6 +25,7 @@ from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.smooth import Smooth
+from onnxq.report.targets import fact_rows
 from onnxq.sparsity import Sparsity
 from onnxq.targets import TARGETS
 
@@ -103,14 +105,12 @@ def targets() -> str:
     """What each target file states."""
     parts = ["# Targets"]
     for name, target in TARGETS.items():
-        rows = ["| operator | result | kernel |", "|---|---|---|"]
-        rows += [f"| {op} | {result} | {kernel} |" for (op, result), kernel in target.lowerings.items()]
+        found = facts(target)
         about = inspect.getdoc(importlib.import_module(f"onnxq.targets.{name.replace('-', '_')}")) or ""
-        half = "computed as they are" if target.half else "computed in float32"
-        parts += [f"## {name}", about, f"Provider {target.provider}; format {target.format}; linear layers from K and "
-                  f"N of {target.small} on (M and K of {target.small_left} where the constant is on the left), 3-D "
-                  f"Convs from {target.least_channels_3d} channels on, LSTMs from a hidden size of "
-                  f"{target.least_hidden} on; float16 and bfloat16 models are {half}.", "\n".join(rows)]
+        rows = ["| fact | |", "|---|---|", *(f"| {what} | {said} |" for what, said in fact_rows(found))]
+        kernels = ["| operator | result | kernel |", "|---|---|---|", *(
+            f"| {k['operator']} | {k['result']} | {k['kernel']} |" for k in found["kernels"])]
+        parts += [f"## {name}", about, "\n".join(rows), *(["\n".join(kernels)] if found["kernels"] else [])]
     return "\n\n".join(parts)
 
 

@@ -28,9 +28,8 @@ from onnxq.planning import Planning
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.request import AUTO, resolve
-from onnxq.runtime.machine import target_here
+from onnxq.runtime.machine import session_options, target_here
 from onnxq.runtime.measure import environment
-from onnxq.runtime.session import SessionOptions
 from onnxq.targets import Target
 from onnxq.version import VERSION
 
@@ -49,7 +48,8 @@ def analyze(model: str | Path, *, calib: Any, scheme: str = AUTO, recipe: Recipe
     maps an output of the model to its SQNR. Kernels are not timed: layers are those of compile() with `measure` False.
     Raises UsageError for a wrong call, DataError for data that don't fit.
     """
-    chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges)
+    chosen = resolve(target=target_here(target), scheme=scheme, recipe=recipe, calib=calib, samples=samples,
+                     batch=batch, ranges=ranges)
     if chosen.scheme.is_float:
         raise UsageError("nothing is quantized under the scheme float; name another one with --scheme or in the recipe")
     with threadpool_limits(1, "blas"):  # as in compile()
@@ -63,7 +63,7 @@ def _analyzed(model: str | Path, chosen: Recipe, calib: Any, target: str, thread
     graph = load(model)
     data = open_data(calib, graph.ports(), how=chosen.data)
     PassManager(canonicalize()).run(graph, Context(here))
-    planning = Planning(graph, chosen, here, data, SessionOptions(here.provider, threads), bar, _stages(bar))
+    planning = Planning(graph, chosen, here, data, session_options(here, threads), bar, _stages(bar))
     plan = planning.plan()
     planning.round(plan)
     planning.correct(plan)

@@ -6,18 +6,18 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from onnxq import notices, sizes, streaming, verification
+from onnxq.aiming import check_model, coarser, target_for
 from onnxq.calibration.readers import Dataset, open_data
-from onnxq.calibration.shapes import resized
-from onnxq.errors import DataError, GraphError, ModelError, OutputError
+from onnxq.errors import GraphError, OutputError
 from onnxq.explanation import codes
-from onnxq.graph import Graph, Node, load, raise_opset, save, stored_bytes
+from onnxq.graph import Graph, Node, limit_ir_version, load, raise_opset, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.lower import EMITTER_VERSION, lower
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
@@ -34,23 +34,18 @@ from onnxq.planner import rules, weight_only
 from onnxq.planner.pricing import Prices
 from onnxq.planner.rewriting import keep_faster
 from onnxq.planning import Planning
-from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
+from onnxq.proof import Files, Proof
 from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size
-from onnxq.request import AUTO, Request, check, resolve, several
-from onnxq.runtime.machine import target_here
+from onnxq.request import AUTO, Request, check, default_output, resolve, several
+from onnxq.runtime.machine import is_here, session_options
 from onnxq.runtime.measure import environment, kernel_environment
-from onnxq.runtime.session import Session, SessionOptions
 from onnxq.runtime.timings import TimingCache
-from onnxq.schemes import scheme as named_scheme
 from onnxq.settling import Settling
 from onnxq.spool import Spool
-from onnxq.targets import Target
 from onnxq.verification import Goal
 from onnxq.version import VERSION
-
-_AGREEMENT_ROWS = 64  # enough to tell agreement; a metric is measured on all of the evaluation data
 
 
 def compile(model: str | Path, output: str | Path | None = None, *, scheme: str = AUTO,
@@ -60,11 +55,12 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
             target_bits: float | None = None, max_size: str | None = None, sparsity: str | None = None,
             prune: str | None = None, pattern: str | None = None, prune_channels: str | None = None,
             prune_heads: str | None = None, pack: bool | None = None, load_memory: str | None = None, eval: Any = None,
-            metric: str | None = None, max_drop: str | None = None, target: str = "cpu", threads: int = 0,
-            format: str = AUTO, keep_float: Sequence[str] = (), fallback: int | None = None, force: bool = False,
-            measure: bool = True, plan: Plan | str | Path | None = None, save_plan: str | Path | None = None,
-            objective: str = "balanced", shapes: Mapping[str, int | Sequence[int]] | None = None,
-            dump: str | Path | None = None, dump_after: str | None = None, max_memory: int | str | None = None,
+            metric: str | None = None, max_drop: str | None = None, target: str = "cpu", runtime: str | None = None,
+            threads: int = 0, format: str = AUTO, keep_float: Sequence[str] = (), fallback: int | None = None,
+            force: bool = False, measure: bool = True, plan: Plan | str | Path | None = None,
+            save_plan: str | Path | None = None, objective: str = "balanced",
+            shapes: Mapping[str, int | Sequence[int]] | None = None, dump: str | Path | None = None,
+            dump_after: str | None = None, max_memory: int | str | None = None,
             progress: Progress | None = None) -> Report:
     """Compile an ONNX file and return what was measured; the result is written to `output`.
 
@@ -80,38 +76,32 @@ def compile(model: str | Path, output: str | Path | None = None, *, scheme: str 
     model gives the same bytes, without data, on any machine. Nodes run in integers where the target was measured to be
     faster then, on the shapes of the data or those of `shapes` (free axis -> size or sizes); `objective` balanced,
     latency or size says what 2 % of a node's time are worth: the smaller change, nothing, or integers. `measure` False
-    takes the target's tables instead. `fallback` is how many layers stay float, those that are the most sensitive.
-    `max_memory` ("2GB", or bytes) is what a weight-only scheme may use: larger models are compiled without being run.
-    Raises UsageError for a wrong call and the other OnnxqErrors for unusable input.
+    takes the target's tables instead, as does a machine that is not the target: the CPU provider checks the result
+    there. `runtime` ("1.20") is the onnxruntime that has to run it. `fallback` is how many layers stay float, those
+    that are the most sensitive. `max_memory` ("2GB", or bytes) is what a weight-only scheme may use: larger models are
+    not run. Raises UsageError for a wrong call, other OnnxqErrors for unusable input.
     """
     saved = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
     scheme = saved.scheme if saved is not None and scheme == AUTO and recipe is None else scheme
-    chosen = resolve(scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch, ranges=ranges,
-                     metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback, outliers=outliers,
-                     rounding=rounding, group_size=group_size, symmetric=symmetric, target_bits=target_bits,
-                     max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern,
+    here = target_for(target, format, runtime)
+    chosen = resolve(target=here, scheme=scheme, recipe=recipe, calib=calib, samples=samples, batch=batch,
+                     ranges=ranges, metric=metric, max_drop=max_drop, keep_float=keep_float, fallback=fallback,
+                     outliers=outliers, rounding=rounding, group_size=group_size, symmetric=symmetric,
+                     target_bits=target_bits, max_size=max_size, sparsity=sparsity, prune=prune, pattern=pattern,
                      prune_channels=prune_channels, prune_heads=prune_heads, pack=pack, load_memory=load_memory)
-    destination = Path(model).with_name(f"{Path(model).stem}.{chosen.scheme.name}.onnx")
-    here = _standard(target_here(target)) if format == "qdq" else target_here(target)
     request = Request(
-        Path(model), Path(output or destination), chosen, here, SessionOptions(here.provider, threads),
+        Path(model), Path(output or default_output(model, chosen)), chosen, here, session_options(here, threads),
         Goal(chosen.budget.metric, chosen.budget.max_drop), calib, eval,
-        here.format if format == AUTO else format, measure, Path(dump) if dump is not None else None, dump_after,
-        _coarser(chosen) if scheme == AUTO and recipe is None and calib is None and measure else None, saved,
-        Path(save_plan) if save_plan is not None else None, objective, several(shapes or {}),
-        sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
+        here.format if format == AUTO else format, measure and is_here(here), _path(dump), dump_after,
+        coarser(chosen) if scheme == AUTO and recipe is None and measure else None, saved, _path(save_plan), objective,
+        several(shapes or {}), sizes.parse(max_memory) if isinstance(max_memory, str) else max_memory)
     check(request, format, force)
     with threadpool_limits(1, "blas"):  # its threads and the runtime's would spin against each other: up to 10x slower
         return _Compilation(request, progress or Silent()).run()
 
 
-def _standard(target: Target) -> Target:
-    """A target that runs standard operators alone."""
-    return replace(target, fused=frozenset(), portable=True)
-
-
-def _coarser(chosen: Recipe) -> Recipe:
-    return replace(chosen, scheme=named_scheme("w8a8-dynamic-tensor"))
+def _path(given: str | Path | None) -> Path | None:
+    return Path(given) if given is not None else None
 
 
 class _Compilation:
@@ -120,6 +110,7 @@ class _Compilation:
         self.report = Report(str(request.model), str(request.output), request.recipe.scheme.name,
                              recipe=request.recipe.to_dict())
         self.context = Context(request.target)
+        self.proof = Proof(request, self.report, progress)
         self.dumped = 0
         self.removed: list[NodeRow] = []
         self.reference = self.rival = request.model  # what figures are told against, what int8 has to beat
@@ -132,6 +123,7 @@ class _Compilation:
         request = self.request
         with self.stage("load"):
             graph = load(request.model)
+            check_model(graph, request.target)
             how, ports = request.recipe.data, graph.ports()
             calib = open_data(request.calib, ports, how=how) if request.calib is not None else None
             evaluation = open_data(request.evaluation, ports, how=how) if request.evaluation is not None else None
@@ -150,11 +142,12 @@ class _Compilation:
             if graph.half or self.removed:
                 self._float_form(Path(folder) / "float.onnx")
             if (evaluation or calib) is None:
-                feeds = self._runnable(feeds)
+                feeds = self.proof.runnable(self.reference, feeds)
             self._decide(feeds, source, compiled)
             with self.stage("rewrite"):
                 graph = self._write(compiled, twin)
-            self._verify(compiled, twin, feeds, calib, evaluation)
+            self.proof.verify(self.context.plan, Files(self.reference, compiled, twin), feeds, self.made)
+            self.proof.accuracy(self.context.plan, Files(self.reference, compiled, twin), calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
         spool.remove()
@@ -216,7 +209,7 @@ class _Compilation:
     def _canonicalize(self, graph: Graph, data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
         """Bring the graph into the form that is planned on; gives what to time it on, and the name of that."""
         removals, saved = Removals(graph), self.request.plan
-        feeds, source = self._feeds(graph.ports(), data)
+        feeds, source = self.proof.feeds(graph.ports(), data)
         with self.stage("canonicalize"):
             self._passes([step for step in canonicalize() if not step.weighed], graph, removals)
         left_out = saved.dropped if saved is not None else ()
@@ -229,7 +222,7 @@ class _Compilation:
             self.report.verdict.notices += kept.faults
         else:
             self._passes(weighed, graph, removals)
-        if graph.half:
+        if graph.half and self.request.target.floats == "float32":
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "
                 "is not int8 runs in float32")
@@ -241,8 +234,11 @@ class _Compilation:
         """The graph in a version of ONNX whose DequantizeLinear takes blocks, where such are to be written."""
         if not (self.request.target.portable and self.recipe.scheme.is_weight_only):
             return graph
+        wanted, most = weight_only.opset(graph, rules.schemes(graph, self.recipe)), self.request.target.opset
+        if most is not None and wanted > most:
+            return graph  # what it holds is decoded at load, and says so
         try:
-            return raise_opset(graph, weight_only.opset(graph, rules.schemes(graph, self.recipe)))
+            return raise_opset(graph, wanted)
         except GraphError as e:
             self.report.verdict.notices.append(f"weights in blocks are decoded as the model is loaded: {e}")
             return graph
@@ -303,14 +299,15 @@ class _Compilation:
 
     def _packed(self, graph: Graph) -> Graph:
         """Codes below 8 bits in as many bits, and weights in fewer bytes, which operators take from some opset on."""
-        wanted = self.recipe.pack
+        request, wanted = self.request, self.recipe.pack
         try:
-            graph = raise_opset(graph, max(opset_for_codes(self.context.plan), OPSET if wanted else 0))
+            graph = raise_opset(graph, max(opset_for_codes(self.context.plan, request.target), OPSET if wanted else 0))
         except GraphError as e:
             what = "weights are not packed" if wanted else "codes of weights that are decoded at load take 8 bits each"
             self.report.verdict.notices.append(f"{what}: {e}")
         self._passes(pack_passes(wanted, self.recipe.load_bytes), graph)
         self.report.packing = asdict(self.context.packing) if wanted else None
+        limit_ir_version(graph, request.target.ir_version)
         return graph
 
     def _build(self, plan: Plan, path: Path) -> None:
@@ -334,60 +331,6 @@ class _Compilation:
             except OSError as e:
                 raise OutputError(f"{folder} can't be made ({e.strerror}); choose another --dump folder") from None
             save(graph, folder / f"{self.dumped:02d}-{step.name}.onnx")
-
-    # -------------------------------------------------------------- verify
-
-    def _verify(self, compiled: Path, twin: Path, feeds: list[dict[str, Any]], calib: Dataset | None,
-                evaluation: Dataset | None) -> None:
-        request, report = self.request, self.report
-        if feeds:
-            with self.stage("verify"):
-                report.nodes = verification.what_ran(self.context.plan, compiled, feeds, request.options,
-                                                     report.verdict, self.made)
-                if self.context.plan.changes:
-                    report.semantic = verification.semantic(self.reference, compiled, twin, feeds, request.options,
-                                                            report.verdict)
-        else:
-            report.nodes = [verification.row(n) for n in self.context.plan.nodes.values()]
-        self._accuracy(compiled, evaluation or calib, evaluation)
-
-    def _feeds(self, ports: list[Port], data: Dataset | None) -> tuple[list[dict[str, Any]], str]:
-        """One batch to time and read back on; without data a random one, which is said wherever it is used."""
-        batch, shapes = self.request.recipe.calibration.batch, self.request.shapes
-        if data is not None:
-            return resized(verification.first_feeds(data, batch, 1)[0], ports, shapes), data.name
-        try:
-            return (resized(verification.first_feeds(open_data("random", ports), batch, 1)[0], ports, shapes),
-                    "random inputs")
-        except DataError:
-            return [], ""
-
-    def _runnable(self, feeds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Random feeds, where the model runs on them."""
-        try:
-            Session(self.reference, self.request.options).run(feeds[0] if feeds else {})
-        except (DataError, ModelError):
-            self.report.verdict.notices.append("no data were given and the model does not run on random inputs: "
-                                               "nothing was timed or read back; give --calib or --eval")
-            return []
-        self.report.verdict.notices.append("no data were given: timed on random inputs, accuracy was not measured; "
-                                           "give --eval DATA")
-        return feeds
-
-    def _accuracy(self, compiled: Path, data: Dataset | None, evaluation: Dataset | None) -> None:
-        request = self.request
-        if data is None:
-            return
-        note = "" if evaluation is not None else "agreement with float on the calibration data; give --eval DATA"
-        wanted = request.recipe.calibration.samples or _AGREEMENT_ROWS
-        samples = None if evaluation is not None else min(_AGREEMENT_ROWS, wanted)
-        with self.stage("accuracy"):
-            self.progress.total(data.rows if samples is None else min(samples, data.rows or samples))
-            self.report.accuracy = verification.accuracy(
-                self.reference, compiled, data, request.goal, request.options, self.report.verdict,
-                batch=request.recipe.calibration.batch, samples=samples, note=note, progress=self.progress.step)
-        if evaluation is not None:
-            self.report.verdict.notices += notices.of_data(evaluation, "evaluation")
 
 
 def _results(graph: Graph, node: Node) -> tuple[str, ...]:

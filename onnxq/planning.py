@@ -161,7 +161,7 @@ class Planning:
         graph, context = self.graph_for(plan), Context(self.target, plan)
         PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
         with contextlib.suppress(GraphError):  # as the compiler does; codes then take a byte each
-            graph = raise_opset(graph, opset_for_codes(plan))
+            graph = raise_opset(graph, opset_for_codes(plan, self.target))
         PassManager(pack(weights=False)).run(graph, context)
         return file_bytes(graph) + len(json.dumps(self.recipe.to_dict())) + _NOTED
 

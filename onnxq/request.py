@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxq import presets
+from onnxq.aiming import aim
 from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
@@ -24,7 +25,7 @@ from onnxq.recipe import BudgetSpec, Recipe, read
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import in_blocks, scheme_names
 from onnxq.sparsity import Sparsity
-from onnxq.targets import Target
+from onnxq.targets import TARGETS, Target
 from onnxq.verification import Goal
 
 AUTO = "auto"
@@ -62,8 +63,8 @@ class Request:
     max_memory: int | None = None
 
 
-def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, calib: Any = None,
-            samples: int | None = None, batch: int | None = None, ranges: str | None = None,
+def resolve(*, target: Target = TARGETS["cpu"], scheme: str = AUTO, recipe: Recipe | str | Path | None = None,
+            calib: Any = None, samples: int | None = None, batch: int | None = None, ranges: str | None = None,
             metric: str | None = None, max_drop: str | None = None, keep_float: Sequence[str] = (),
             fallback: int | None = None, outliers: str | None = None, rounding: str | None = None,
             group_size: int | None = None, symmetric: bool | None = None, target_bits: float | None = None,
@@ -72,7 +73,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
             pack: bool | None = None, load_memory: str | None = None) -> Recipe:
     """The recipe that a call stands for: a file or object, or a named scheme, with the options put in.
 
-    Scheme `auto` is w8a8 with calibration data and w8a8-dynamic without. `group_size` and `symmetric` replace those of
+    Scheme `auto` is the target's for a call with calibration data or without, such as w8a8 and w8a8-dynamic; types of
+    activations are the target's. `group_size` and `symmetric` replace those of
     a weight-only scheme; schemes that rules name stay as they are. With `target_bits` or `max_size` formats are chosen
     for each weight, with blocks of `group_size` alone where that is given. `sparsity` is the share of zeros, `prune`
     the method. Raises UsageError and RecipeError.
@@ -84,8 +86,8 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
     elif recipe is not None:
         chosen = read(recipe)
     else:
-        name = ("w8a8" if calib is not None else "w8a8-dynamic") if scheme == AUTO else scheme
-        chosen = presets.named(name)
+        auto = target.scheme if calib is not None else target.scheme_without_data
+        chosen = presets.named(auto if scheme == AUTO else scheme)
     calibration = replace(chosen.calibration,
                           samples=chosen.calibration.samples if samples is None else samples,
                           batch=chosen.calibration.batch if batch is None else batch,
@@ -95,7 +97,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
     bits = replace(chosen.bits, target=chosen.bits.target if target_bits is None else target_bits,
                    max_size=max_size or chosen.bits.max_size,
                    block_sizes=chosen.bits.block_sizes if group_size is None else (group_size,))
-    return replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
+    chosen = replace(chosen, scheme=scheme_in_blocks, calibration=calibration,
                    rounding=rounding or chosen.rounding, bits=bits,
                    sparsity=_pruned(chosen.sparsity, sparsity, prune, pattern, prune_channels, prune_heads),
                    pack=chosen.pack if pack is None else pack, load_memory=load_memory or chosen.load_memory,
@@ -103,6 +105,7 @@ def resolve(*, scheme: str = AUTO, recipe: Recipe | str | Path | None = None, ca
                    fallback=replace(chosen.fallback, keep_float=(*chosen.fallback.keep_float, *keep_float),
                                     level=chosen.fallback.level if fallback is None else fallback),
                    budget=BudgetSpec(metric or chosen.budget.metric, max_drop or chosen.budget.max_drop))
+    return aim(chosen, target)
 
 
 def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str | None,
@@ -115,6 +118,11 @@ def _pruned(given: Sparsity, share: str | None, method: str | None, pattern: str
         raise UsageError(f"--prune {method} says how, but not how much; give --sparsity, such as 50%, or --pattern 2:4")
     return replace(given, method=method or given.method, channels=channels or given.channels,
                    heads=heads or given.heads)
+
+
+def default_output(model: str | Path, recipe: Recipe) -> Path:
+    """Where the result goes unless a place is named: beside the model."""
+    return Path(model).with_name(f"{Path(model).stem}.{recipe.scheme.name}.onnx")
 
 
 def several(shapes: Mapping[str, int | Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -148,6 +156,9 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if (pruned.channels_share or pruned.heads_share) and request.calib is None and request.plan is None:
         raise UsageError("channels and heads are taken out by what layers read, for which others make up; give --calib "
                          "DATA")
+    if request.recipe.pack and 4 not in request.target.code_bits:
+        raise UsageError("packed weights are decoded by operators that onnxruntime has from 1.23 on; leave --pack out, "
+                         "or name a later --runtime")
     level = request.recipe.fallback.level
     if level and not chosen.is_float and request.calib is None and request.plan is None:
         raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")

@@ -60,7 +60,8 @@ _BLOCKS: dict[str, tuple[Any, ...]] = {
     "block_size": BLOCK_SIZES, "search": SEARCHES, "bits": (None,)}
 # levels of 4 bits whose scales are multiples of a channel's: integer kernels read int8 (see numerics.two_level)
 _TWO_LEVELS: dict[str, tuple[Any, ...]] = {**_BLOCKS, "dtype": ("int4",), "symmetric": (True,)}
-_ACTIVATIONS: dict[str, tuple[Any, ...]] = {"dtype": ("uint8",), "granularity": ("tensor", "token"), "bits": (None,)}
+_ACTIVATIONS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("uint8", "int8"), "granularity": ("tensor", "token"), "bits": (None,)}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.report.report import Report
 from onnxq.request import several
-from onnxq.runtime.machine import target_here
+from onnxq.runtime.machine import session_options, target_here
 from onnxq.runtime.measure import compare_models, environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.schemes import BLOCK_SIZES, SEARCHES, Scheme, in_blocks
@@ -118,7 +118,7 @@ class _Sweep:
             path, plan = Path(folder) / "compiled.onnx", Path(folder) / "plan"
             report = compile(self.model, path, recipe=replace(self.base, scheme=scheme), measure=False, save_plan=plan,
                              progress=_Within(self.bar), **self.given)
-            compiled = Session(path, SessionOptions(self.target.provider, self.given["threads"]))
+            compiled = Session(path, session_options(self.target, self.given["threads"]))
             found = {**_figures(report, self.given["metric"]),
                      "weight_error": _weight_error(self.graph, Plan.load(plan), self.target),
                      "latency": _latencies(self.reference, compiled, self.feeds, self.bar)}

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ def accuracy(reference: str | Path, compiled: str | Path, data: Dataset, goal: G
              verdict: Verdict, *, batch: int | None = None, samples: int | None = None, note: str = "",
              progress: Callable[[int], None] | None = None) -> Accuracy:
     """Compare the deployed model with the float model over the data; failures go into the verdict."""
-    quiet = SessionOptions(options.provider, options.threads, options.optimize, (*options.config, *_QUIET))
+    quiet = replace(options, config=(*options.config, *_QUIET))
     named = goal.metric is not None and goal.metric not in COMPARISONS
     metrics = (make(str(goal.metric)), make(str(goal.metric))) if named else None
     found = compare.evaluate(Session(reference, SessionOptions(threads=options.threads, config=_QUIET)),
@@ -186,7 +186,7 @@ def semantic(reference: str | Path, compiled: str | Path, twin: str | Path, feed
     A disagreement is a failure when it is below LEAST_SEMANTIC_DB and no better than the agreement with float, which
     is what the roundings of int8 alone may cost.
     """
-    plain = SessionOptions(options.provider, options.threads, optimize=False)
+    plain = replace(options, optimize=False)
     unoptimized, deployed = Session(compiled, plain), Session(compiled, options)
     against_twin = compare.least_sqnr(Session(twin, plain), unoptimized, feeds)
     against_itself = compare.least_sqnr(unoptimized, deployed, feeds)

@@ -23,7 +23,7 @@ from onnxq.passes.transform.smooth import scaled_tensors
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size
-from onnxq.runtime.machine import target_here
+from onnxq.runtime.machine import session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import Target
@@ -47,7 +47,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     if data is None and (max_drop is not None or min_sqnr is not None or metric is not None or layers):
         raise UsageError("--metric, --max-drop, --min-sqnr and --layers compare on data; give --data DATA")
     here = target_here(target)
-    options = SessionOptions(here.provider, threads)
+    options = session_options(here, threads, must=True)
     report = Report(str(float_model), str(compiled), "")
     bar, paths = progress or Silent(), (Path(float_model), Path(compiled))
     with verification.stage(report, bar, "load"):

@@ -18,13 +18,14 @@ from onnxq.cli import cli, main
 from onnxq.errors import CheckFailed, DataError, ModelError, OutputError, PassError, RecipeError, UsageError
 from onnxq.recipe import Recipe
 from onnxq.report.report import NodeRow, Report, Size, Verdict
+from onnxq.runtime.machine import target_here
 from onnxq.runtime.race import KernelTime
 from onnxq.runtime.timings import TimingCache, default_folder
 from onnxq.schemes import scheme, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "pack", "unpack", "generate", "inspect", "explain",
-            "schemes", "cache")
+COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "check", "pack", "unpack", "generate", "inspect",
+            "explain", "schemes", "targets", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
              "sweep": ("onnxq.sweep", "sweep"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}
@@ -33,11 +34,11 @@ COMPILE_DEFAULTS = {
     "output": None, "scheme": "auto", "recipe": None, "calib": None, "samples": None, "batch": None, "eval": None,
     "ranges": None, "outliers": None, "rounding": None, "group_size": None, "symmetric": None, "target_bits": None,
     "max_size": None, "sparsity": None, "prune": None, "pattern": None, "metric": None, "max_drop": None,
-    "target": "cpu", "threads": 0, "format": "auto",
+    "target": "cpu", "runtime": None, "threads": 0, "format": "auto",
     "keep_float": (), "fallback": None, "force": False, "measure": True, "objective": "balanced", "shapes": {},
     "save_plan": None, "plan": None, "dump": None, "dump_after": None, "max_memory": None,
     "pack": None, "load_memory": None, "prune_channels": None, "prune_heads": None}
-VERIFY_DEFAULTS = {"data": None, "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
+VERIFY_DEFAULTS = {"data": None, "target": "cpu", "metric": None, "max_drop": None, "min_sqnr": None, "layers": False}
 ANALYZE_DEFAULTS = {"calib": "c.npz", "scheme": "auto", "recipe": None, "ranges": None, "samples": None, "batch": None,
                     "target": "cpu", "threads": 0}
 SWEEP_DEFAULTS = {"scheme": "w4a16", "vary": None, "calib": None, "samples": None, "batch": None, "eval": None,
@@ -290,7 +291,8 @@ def test_print_recipe_asks_for_what_the_options_say(onnxq, replace):
                    "--max-drop", "1%", "--keep-float", "x*", "--threads", "3", "--outliers", "smooth", "--rounding",
                    "auto", "--group-size", "64", "--asymmetric")
     assert result.status == 0
-    assert calls == [((), {"scheme": "auto", "recipe": None, "calib": "c.npz", "samples": 5, "batch": 2,
+    assert calls == [((), {"target": target_here("cpu"), "scheme": "auto", "recipe": None, "calib": "c.npz",
+                           "samples": 5, "batch": 2,
                            "ranges": None, "outliers": "smooth", "rounding": "auto", "group_size": 64,
                            "symmetric": False, "target_bits": None, "max_size": None, "pack": None,
                            "load_memory": None, "metric": "f1", "max_drop": "1%", "keep_float": ("x*",),

@@ -6,10 +6,9 @@ from typing import Any
 
 import click
 
-from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, ranges_option, threads_option
+from onnxq.cli.options import DATA, POSITIVE, debug_option, quiet_option, ranges_option, target_option, threads_option
 from onnxq.cli.output import STDOUT, check_files, show_figures, with_progress
 from onnxq.report import analysis, plot, terminal
-from onnxq.targets import TARGETS
 
 
 @click.command("analyze", short_help="Tell which layers int8 hurts most, and why.")
@@ -26,8 +25,7 @@ from onnxq.targets import TARGETS
 @click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=STDOUT,
               help="Write all layers, in execution order, as JSON into FILE; without one, print that and nothing else.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the layers into FILE.html or FILE.svg.")
-@click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
-              help="Where the model would run.")
+@target_option
 @threads_option
 @quiet_option
 @debug_option

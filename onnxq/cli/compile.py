@@ -19,15 +19,16 @@ from onnxq.cli.options import (
     metric_option,
     quiet_option,
     ranges_option,
+    runtime_option,
     sizes,
     symmetric_option,
+    target_option,
     threads_option,
 )
 from onnxq.cli.output import FATE, check_folder, print_json, print_text, show, with_progress
 from onnxq.recipe import OUTLIERS, ROUNDINGS
 from onnxq.request import OBJECTIVES
 from onnxq.sparsity import PRUNINGS
-from onnxq.targets import TARGETS
 
 
 @click.command("compile", short_help="Make a model smaller and faster, and report on it.")
@@ -35,8 +36,8 @@ from onnxq.targets import TARGETS
 @click.option("-o", "--output", metavar="OUT", help="The file to write.  [default: MODEL.SCHEME.onnx beside the model]")
 @force_option
 @click.option("--scheme", metavar="NAME",
-              help="A named scheme; onnxq schemes lists them.  [default: auto, which is w8a8 with --calib; "
-                   "without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")
+              help="A named scheme; onnxq schemes lists them.  [default: auto, which is the target's, for cpu w8a8 "
+                   "with --calib; without, w8a8-dynamic or, where clearly faster, w8a8-dynamic-tensor]")
 @click.option("--recipe", metavar="FILE", help="A recipe in YAML instead of a scheme; --print-recipe shows the form.")
 @click.option("--calib", metavar="DATA", help=f"Calibration data: {DATA}.")
 @ranges_option
@@ -51,8 +52,8 @@ from onnxq.targets import TARGETS
 @click.option("--eval", metavar="DATA", help="Evaluation data, with an array `labels` for metrics that need them.")
 @metric_option
 @max_drop_option
-@click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
-              help="Where the model will run.")
+@target_option
+@runtime_option
 @threads_option
 @click.option("--format", type=click.Choice(["auto", "qdq", "qoperator"]), default="auto", show_default=True,
               help="qdq: portable QuantizeLinear and DequantizeLinear; qoperator: fused operators; auto: what is best "
@@ -121,10 +122,11 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
       onnxq compile model.onnx --scheme w8a8-dynamic --pack --load-memory 500MB
       onnxq compile model.onnx --calib calib.npz --sparsity 50% --prune sparsegpt
       onnxq compile model.onnx --calib calib.npz --shape batch=1 --shape seq=64,128
+      onnxq compile model.onnx --calib calib.npz --target cpu-portable --runtime 1.20
       onnxq compile large.onnx --scheme w4a16 --max-memory 2GB
       onnxq compile --scheme w8a8 --print-recipe > recipe.yaml
     """
-    from onnxq import compiler, request
+    from onnxq import aiming, compiler, request
 
     if scheme is not None and recipe is not None:
         raise click.UsageError("--scheme and --recipe exclude each other; name the scheme in the recipe.")
@@ -136,7 +138,8 @@ def compile_model(model: str | None, scheme: str | None, recipe: str | None, rep
                  "symmetric", "target_bits", "max_size", "pack", "load_memory", "metric", "max_drop", "keep_float",
                  "fallback", "sparsity", "prune", "pattern", "prune_channels",
                  "prune_heads")
-        resolved = request.resolve(**{name: options[name] for name in names})
+        target = aiming.target_for(options["target"], options["format"], options["runtime"])
+        resolved = request.resolve(target=target, **{name: options[name] for name in names})
         print_json(resolved.to_dict()) if as_json else print_text(resolved.to_yaml())
         return
     if model is None:

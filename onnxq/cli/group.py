@@ -68,9 +68,11 @@ def cli() -> None:
       onnxq sweep model.onnx --scheme w4a16 --vary group_size=32,64,128
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1
       onnxq bench model.onnx model.w8a8.onnx --threads 2
+      onnxq check model.w8a8.onnx --target cuda
       onnxq pack model.w8a8.onnx -o packed.onnx
       onnxq generate model.onnx --prompt 'Once upon a time'
       onnxq schemes
+      onnxq targets
 
     \b
     Exit status:

@@ -14,6 +14,7 @@ from onnxq.cli.options import (
     max_drop_option,
     metric_option,
     quiet_option,
+    target_option,
     threads_option,
 )
 from onnxq.cli.output import print_json, print_text, show, with_progress
@@ -27,6 +28,7 @@ from onnxq.report import terminal
 @metric_option
 @max_drop_option
 @click.option("--min-sqnr", type=float, metavar="DB", help="The least SQNR, in dB, that every output must have.")
+@target_option
 @click.option("--layers", is_flag=True, help="Compare each layer's output, too.")
 @json_option
 @quiet_option
@@ -38,6 +40,7 @@ def verify_models(float_model: str, compiled: str, as_json: bool, quiet: bool, *
     Examples:
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1 --max-drop 0.5pt
+      onnxq verify model.onnx model.w8a16.onnx --data eval.npz --target cuda
       onnxq verify model.onnx other.onnx --data random --min-sqnr 25 --layers
     """
     from onnxq.verifier import verify

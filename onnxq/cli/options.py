@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from onnxq.schemes import BLOCK_SIZES
+from onnxq.targets import TARGETS
 
 DEBUG = "onnxq.debug"  # key of click's context: is --debug on
 DATA = ("an .npz, a folder of .npz, .npy or image files, a .txt or .jsonl text, an .npy of token ids, MODULE:FUNCTION "
@@ -61,6 +62,11 @@ load_memory_option = click.option(
     "--load-memory", metavar="SIZE",
     help="What loading the packed model may take, such as 500MB, by estimate: the more, the smaller the file.  "
          "[default: over an empty process 2.5 times what the dense model takes, or 16 MB]")
+target_option = click.option("--target", type=click.Choice(list(TARGETS)), default="cpu", show_default=True,
+                             help="Where the model will run; onnxq targets tells of each.")
+runtime_option = click.option(
+    "--runtime", metavar="VERSION",
+    help="The oldest onnxruntime that has to run it, such as 1.20: what came later is left out.")
 threads_option = click.option("--threads", type=POSITIVE, metavar="N",
                               help="Threads of the runtime.  [default: the runtime's own choice]")
 metric_option = click.option(

@@ -7,10 +7,18 @@ from typing import Any
 
 import click
 
-from onnxq.cli.options import DATA, POSITIVE, debug_option, metric_option, quiet_option, sizes, threads_option
+from onnxq.cli.options import (
+    DATA,
+    POSITIVE,
+    debug_option,
+    metric_option,
+    quiet_option,
+    sizes,
+    target_option,
+    threads_option,
+)
 from onnxq.cli.output import STDOUT, check_files, show_figures, with_progress
 from onnxq.report import sweep_plot, terminal
-from onnxq.targets import TARGETS
 
 
 def _varied(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, list[str]]:
@@ -44,8 +52,7 @@ def _varied(context: click.Context, parameter: click.Parameter, values: tuple[st
 @click.option("--json", "json_file", metavar="[FILE]", is_flag=False, flag_value=STDOUT,
               help="Write everything as JSON into FILE; without one, print that and nothing else.")
 @click.option("--plot", "plot_file", metavar="FILE", help="Draw the figures into FILE.html or FILE.svg.")
-@click.option("--target", type=click.Choice(sorted(TARGETS)), default="cpu", show_default=True,
-              help="Where the model would run.")
+@target_option
 @threads_option
 @quiet_option
 @debug_option

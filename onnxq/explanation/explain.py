@@ -41,7 +41,7 @@ from onnxq.ports import dtype_name
 from onnxq.recipe import Recipe
 from onnxq.report import wording
 from onnxq.report.report import Encoding, NodeRow, plain
-from onnxq.runtime.machine import target_here
+from onnxq.runtime.machine import session_options, target_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import Scheme
@@ -203,7 +203,7 @@ def _of_compiled(path: Path, graph: Graph, wanted: str, target: Target) -> Story
         known[node.name] = [[row.name], row.outputs, row.weights, stems]
     ours = "onnxq.plan" in graph.metadata
     name = lookup.find(wanted, known, str(path), _IN_REPORT if ours else "")
-    kernel, seen = _kernel(path, graph, _node(graph, name), SessionOptions(target.provider))
+    kernel, seen = _kernel(path, graph, _node(graph, name), session_options(target, 0))
     story = assemble(COMPILED, str(path), rows, encodings, name)
     if "onnxq.recipe" in graph.metadata:
         story.scheme = str(json.loads(graph.metadata["onnxq.recipe"])["scheme"]["name"])

@@ -40,6 +40,12 @@ def raise_opset(graph: Graph, version: int) -> Graph:
     return _adopt(graph, raised, weights)
 
 
+def limit_ir_version(graph: Graph, most: int | None) -> None:
+    """Save a graph as of this IR version at most, as far as the types of its weights go; None: as it came."""
+    if most is not None:
+        graph.ir.ir_version = min(graph.ir.ir_version or most, most)
+
+
 def _mask(model: onnx.ModelProto) -> set[str]:
     """Move operators of the standard domain that onnx doesn't know to one that it leaves alone; names of the nodes."""
     names = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def check(graph: Graph, plan: Plan, target: Target, options: SessionOptions, fmt
             paths = [Path(folder) / f"{k}.onnx" for k in (0, 1)]
             for path, one in zip(paths, (twin, compiled), strict=True):
                 save(one.graph, path)
-            plain = SessionOptions(options.provider, options.threads, optimize=False)
+            plain = replace(options, optimize=False)
             db = least_sqnr(Session(paths[0], plain), Session(paths[1], options), [feed])
         found.kernels += 1
         found.least_db = min(found.least_db, db if db is not None else float("inf"))

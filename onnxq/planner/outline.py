@@ -91,6 +91,7 @@ class Outline:
             self.halved.add(product.second.name)
 
 
+_BESIDE_CODES = "codes of the target have their zero in the middle and clamp nothing; it fuses this with what is around"
 _NOTHING = Measured()
 
 
@@ -191,7 +192,15 @@ class _Outliner:
             return "Softmax stays float: 8 bits are too coarse for its exponentials"
         if node.op not in self.recipe.scheme.operators:
             return _no_kernel(node, self.recipe.scheme, self.target.name)
+        if not self._has_kernel(node):
+            return f"{self.target.name} has no integer kernel for {node.op}"
         return self.measured.refused.get(node.name) or self.measured.per_token.get(node.name)
+
+    def _has_kernel(self, node: Node) -> bool:
+        spec = self.recipe.scheme.activations
+        kinds = ("int", "float") if spec is None or not spec.dynamic else (spec.granularity,)
+        return (self.recipe.scheme.is_weight_only or node.op == "LSTM"
+                or any((node.op, kind) in self.target.lowerings for kind in kinds))
 
     def _note_given(self, node: Node) -> None:
         if node.op in WEIGHTED | JOINING | self.target.pairs_with_q and not node.domain:
@@ -265,8 +274,10 @@ class _Outliner:
             weight=node.inputs[1].name if node.op in WEIGHTED else None,
             bias_add=link.bias_add.name if link.bias_add is not None else None,
             extra_channels=self._extra_channels(node))
-        absorbed = [link.bias_add, link.clamp if as_int else None]
-        for member in absorbed:
+        clamps = link.clamp is not None and as_int and not self.target.symmetric
+        if link.clamp is not None and as_int and not clamps:
+            self.reasons[link.clamp.name] = _BESIDE_CODES
+        for member in [link.bias_add, link.clamp if clamps else None]:
             if member is not None:
                 found.nodes[member.name] = NodePlan(
                     member.name, member.op, self.recipe.scheme.name, lowering,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +167,7 @@ class _Candidates:
 
     def _agreement(self, name: str, twin: Form) -> float:
         """SQNR in dB of the worst output; codes are compared as numbers about their zero point's."""
-        plain = SessionOptions(self.bench.options.provider, self.bench.options.threads, optimize=False)
+        plain = replace(self.bench.options, optimize=False)
         compiled = self.forms[name][0]
         a = Session(self.folder / "twin.onnx", plain).run(twin.feed)
         b = Session(self.folder / "form.onnx", self.bench.options).run(compiled.feed)

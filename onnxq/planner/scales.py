@@ -63,7 +63,7 @@ def _activations(found: Outline, ranges: Mapping[str, tuple[float, float]], plan
             plan.activations[name] = affine.choose(-most, most, dtype, symmetric=True)
     _share_in_concats(found, plan)
     for name, (low, high) in found.known.items():
-        plan.activations[name] = affine.choose(low, high, dtype)
+        plan.activations[name] = affine.choose(low, high, dtype, symmetric=spec.symmetric)
     for name, source in found.same_as.items():  # sources come first: nodes are in execution order
         plan.activations[name] = plan.activations[source]
 

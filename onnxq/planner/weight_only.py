@@ -167,10 +167,20 @@ def no_kernel(node: Node, spec: TensorSpec, target: Target) -> str | None:
     """Why a node's weight in blocks is decoded as the model is loaded; None where a kernel reads it."""
     if (node.op, "blocks") not in target.lowerings:
         return f"{target.name} has no kernel for such weights of a {node.op}"
-    if node.op == "Gather" and by_name(spec.dtype).bits == 2:
+    width = by_name(spec.dtype).bits
+    if width not in target.block_bits or spec.block_size not in target.block_sizes:
+        return f"{target.name} has no kernel for blocks of {spec.block_size} weights of {width} bits"
+    if node.op == "Gather" and not target.odd_tables and width < 8 and not spec.symmetric and _is_odd(node, spec):
+        return f"onnxruntime {target.since} takes wrong zero points of rows of an odd number of blocks"
+    if node.op == "Gather" and width == 2:
         return "rows of 2 bits have no kernel"
-    slow = by_name(spec.dtype).bits == 2 and spec.block_size in (16, 256)
+    slow = width == 2 and spec.block_size in (16, 256)
     return NO_INT8_KERNEL if slow and node.op in LINEAR else None
+
+
+def _is_odd(node: Node, spec: TensorSpec) -> bool:
+    assert spec.block_size is not None
+    return -(-matrix_shape(weight_of(node))[1] // spec.block_size) % 2 == 1
 
 
 def left(graph: Graph, node: Node) -> str:

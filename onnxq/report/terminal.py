@@ -6,9 +6,8 @@ exception: they live on stderr while work goes on, and leave nothing behind.
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,13 +21,15 @@ from onnxq.progress import Progress, Silent
 from onnxq.report import analysis, wording
 from onnxq.report import packed as packing
 from onnxq.report import sweep as sweeps
+from onnxq.report.drawing import line as _line
+from onnxq.report.drawing import table as _table
+from onnxq.report.drawing import text as _text
 from onnxq.report.report import NodeRow, Report
 
 MAX_GROUPS = 15
 MAX_OUTPUTS = 4
 MAX_PRUNED = 5
 MAX_NEIGHBOURS = 5
-_FILE_WIDTH = 200  # where there is no terminal, only tables of very long names are folded
 
 
 def summary(report: Report, details: str = "--report DIR or --json") -> str:
@@ -314,32 +315,6 @@ def _part(console: Console, part: dict[str, Any]) -> None:
 
 def _value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Plain columns; cells are text and never markup, and fold rather than vanish."""
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return table
-
-
-def _line(console: Console, text: str = "", style: str = "") -> None:
-    console.print(Text(text, style=style), soft_wrap=True)
-
-
-def _text(draw: Callable[[Console], None], err: bool = False) -> str:
-    """What `draw` prints, with colours if the stream that it goes to shows them (rich heeds NO_COLOR)."""
-    stream = sys.stderr if err else sys.stdout
-    seen = stream.isatty()
-    # into a buffer: writing, and what can go wrong with it, is the command line's
-    buffer = io.StringIO()
-    draw(Console(file=buffer, force_terminal=seen, legacy_windows=False,
-                 width=Console(file=stream).width if seen else _FILE_WIDTH))
-    # rich pads a table's last column
-    return "\n".join(row.rstrip() for row in buffer.getvalue().rstrip("\n").split("\n"))
 
 
 # ------------------------------------------------------------------ progress

@@ -247,7 +247,9 @@ class Group:
 
 def groups(nodes: Iterable[NodeRow]) -> list[Group]:
     """Nodes of one kind, operator, and kernel (quantized ones) or reason (the others); the largest groups first."""
-    keyed = sorted(((_key(node), node) for node in nodes), key=lambda pair: pair[0])
+    every = list(nodes)
+    seen = any(node.ran_as for node in every)  # else none was read back, which a note says
+    keyed = sorted(((_key(node, seen), node) for node in every), key=lambda pair: pair[0])
     found = []
     for (kind, op, fate), members in groupby(keyed, key=lambda pair: pair[0]):
         rows = tuple(node for _, node in members)
@@ -271,20 +273,20 @@ def kind(node: NodeRow) -> str:
     return node.scheme if node.scheme in KINDS else INT8
 
 
-def _key(node: NodeRow) -> tuple[str, str, str]:
+def _key(node: NodeRow, seen: bool) -> tuple[str, str, str]:
     of_kind = kind(node)
     if of_kind == INT8:
-        return of_kind, short(node.op), _kernel(node)
+        return of_kind, short(node.op), _kernel(node, seen)
     # a node that came quantized needs no reason
     return of_kind, short(node.op), "" if of_kind == GIVEN else clean(node.reason)
 
 
-def _kernel(node: NodeRow) -> str:
+def _kernel(node: NodeRow, seen: bool) -> str:
     ran = short(node.ran_as)
     if not node.lowering:  # a model of unknown making: nothing was planned
         return ran if ran != short(node.op) else ""
     if not ran:
-        return f"{clean(node.lowering)} (planned; not seen by itself when it ran)"
+        return f"{clean(node.lowering)} (planned; not seen by itself when it ran)" if seen else clean(node.lowering)
     # NhwcMaxPool is MaxPool in another layout
     return ran if ran in (node.lowering, f"Nhwc{node.lowering}") else f"{ran} (planned {clean(node.lowering)})"
 

@@ -3,20 +3,123 @@
 from __future__ import annotations
 
 import platform
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
-from onnxq.errors import UsageError
+import numpy as np
+import onnxruntime
+
+from onnxq.errors import ModelError, RuntimeUnavailable, UsageError
+from onnxq.graph import alone, save
 from onnxq.runtime.measure import environment
-from onnxq.targets import TARGETS, WITHOUT_VNNI, Target
+from onnxq.runtime.session import CPU, Session, SessionOptions, how_to_install
+from onnxq.targets import ON_ARM, TARGETS, WITHOUT_VNNI, Target, runtimes
 
 _X86 = frozenset({"AMD64", "i386", "i686", "x86", "x86_64"})
 _VNNI = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 
 
-def target_here(name: str) -> Target:
-    """A target by name, with what this machine's processor lacks taken into account. Raises UsageError."""
+def target_here(name: str, version: str | None = None) -> Target:
+    """A target by name with the onnxruntime `version` ("1.20"; None: the installed one); `cpu` is what this machine's
+    processor makes of it. Raises UsageError for an unknown target and a version that is too old.
+    """
     if name not in TARGETS:
-        raise UsageError(f"there is no target {name!r}; known: {', '.join(TARGETS)}")
-    return WITHOUT_VNNI.get(name, TARGETS[name]) if saturates() else TARGETS[name]
+        raise UsageError(f"there is no target {name!r}; known: {', '.join(TARGETS)} (onnxq targets lists them)")
+    found = TARGETS[name]
+    if name == WITHOUT_VNNI.name and saturates():
+        found = WITHOUT_VNNI
+    if name == ON_ARM.name and ON_ARM.machines is not None and platform.machine() in ON_ARM.machines:
+        found = ON_ARM
+    return _of_version(found, onnxruntime.__version__ if version is None else version)
+
+
+def _of_version(target: Target, asked: str) -> Target:
+    """The target with what onnxruntime `asked` ("1.20", "1.20.1") has. Raises UsageError."""
+    found = re.fullmatch(r"(\d+)\.(\d+)(\..*)?", asked)
+    if found is None:
+        raise UsageError(f"{asked!r} is no version of onnxruntime; write for example --runtime 1.20")
+    version = int(found[1]), int(found[2])
+    if version < runtimes.OLDEST:
+        raise UsageError(f"onnxruntime {asked} lacks kernels that onnxq writes; {_text(runtimes.OLDEST)} is the oldest "
+                         "that has them")
+    opset, ir_version = next((o, ir) for since, o, ir in reversed(runtimes.OPSETS) if since <= version)
+    return replace(
+        target, since=_text(version), opset=min(opset, target.opset or opset), ir_version=ir_version,
+        odd_tables=version >= runtimes.ODD_TABLES,
+        lowerings={key: kernel for key, kernel in target.lowerings.items()
+                   if runtimes.KERNELS.get(kernel, version) <= version},
+        block_bits=frozenset(b for b in target.block_bits if runtimes.BLOCKS[b] <= version),
+        code_bits=frozenset(b for b in target.code_bits if runtimes.CASTS[b] <= version))
+
+
+def _text(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def is_here(target: Target) -> bool:
+    """Whether models for a target run on this machine as they will there: its provider is there, and its processor."""
+    return (target.machines is None or platform.machine() in target.machines) and _starts(target.provider)
+
+
+@cache
+def _starts(provider: str) -> bool:
+    """Whether a provider runs a model of one node: one that was built in may lack its libraries or its device."""
+    if provider == CPU or provider not in onnxruntime.get_available_providers():
+        return provider == CPU
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        path = Path(folder) / "probe.onnx"
+        save(alone("Abs", [np.ones((1, 1), np.float32)], [np.float32]), path)
+        try:
+            Session(path, SessionOptions(provider))
+        except (ModelError, RuntimeUnavailable):
+            return False
+    return True
+
+
+def session_options(target: Target, threads: int, must: bool = False) -> SessionOptions:
+    """How a target's models run here: on its provider, or on the CPU where that is not here.
+
+    must: leave the provider in, so that a session says what is missing, unless no machine like this one has it.
+    """
+    if not is_here(target) and not (must and target.provider != "wasm"):
+        return SessionOptions(CPU, threads)
+    return SessionOptions(target.provider, threads, config=target.config, provider_options=target.provider_options)
+
+
+@dataclass(frozen=True)
+class Checking:
+    """How a target's models are checked on this machine.
+
+    `options` are those of the session that runs them. `reads_back` tells whether its kernels are the target's, so that
+    what ran there tells what will; `by_twin` whether the form of Q and DQ is run instead, operator by operator, since
+    this machine's kernels would saturate where the target's don't. `note` says so in the report; "" where nothing is
+    different.
+    """
+
+    options: SessionOptions
+    reads_back: bool = True
+    by_twin: bool = False
+    note: str = ""
+
+
+def checking(target: Target, threads: int) -> Checking:
+    """How a target's models are checked on this machine."""
+    options = session_options(target, threads)
+    if is_here(target):
+        return Checking(options)
+    plain = replace(options, optimize=False)
+    if target.provider not in (CPU, "wasm"):
+        missing = how_to_install(target.provider)
+        return Checking(plain, False, False, f"{target.provider} is not here: nothing was timed or read back, and "
+                                             f"accuracy is that of the same operators on the CPU; to use it, {missing}")
+    where = f"this machine is not {target.name}: nothing was timed"
+    if saturates() and not target.saturates:
+        return Checking(plain, False, True, f"{where} or read back, and accuracy is that of its QDQ form, since int8 "
+                                            "saturates on this processor")
+    return Checking(options, note=f"{where}; accuracy and kernels are those of the CPU provider here")
 
 
 def saturates() -> bool:

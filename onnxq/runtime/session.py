@@ -60,13 +60,15 @@ class SessionOptions:
 
     `threads` is the number of threads inside one operator, 0 for onnxruntime's default (one per physical core).
     `optimize` False turns every graph optimization off. `config` holds onnxruntime's session configuration entries,
-    e.g. `(("session.disable_quant_qdq", "1"),)`. A negative `threads` raises UsageError.
+    e.g. `(("session.disable_quant_qdq", "1"),)`, `provider_options` those of the provider. A negative
+    `threads` raises UsageError.
     """
 
     provider: str = CPU
     threads: int = 0
     optimize: bool = True
     config: tuple[tuple[str, str], ...] = ()
+    provider_options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads < 0:
@@ -100,7 +102,7 @@ class Session:
         if options.provider not in self.providers:
             raise RuntimeUnavailable(
                 f"{options.provider} did not load and onnxruntime fell back to {', '.join(self.providers)}; "
-                f"to use it, {_how_to_install(options.provider)}"
+                f"to use it, {how_to_install(options.provider)}"
             )
         self.inputs: list[Port] = [_port(argument) for argument in self._session.get_inputs()]
         self.outputs: list[Port] = [_port(argument) for argument in self._session.get_outputs()]
@@ -158,7 +160,11 @@ class Session:
 
     def _create(self, model: str | os.PathLike[str] | bytes, ort_options: Any) -> Any:
         provider = self.options.provider
-        providers = [provider] if provider == CPU else [provider, CPU]
+        own = dict(self.options.provider_options)
+        wanted = (provider, own) if own else provider
+        providers = [provider] if provider == CPU else [wanted, CPU]
+        if provider != CPU:  # what stops it is raised below, too
+            onnxruntime.set_default_logger_severity(_LOG_FATAL)
         try:
             # By default the Python layer prints a banner and retries on the CPU when a provider raises.
             return onnxruntime.InferenceSession(model, ort_options, providers=providers, enable_fallback=0)
@@ -166,7 +172,7 @@ class Session:
             # Status codes come back as onnxruntime's own classes; a provider that can't start throws through as these.
             if provider != CPU and isinstance(error, (RuntimeError, ValueError)):
                 raise RuntimeUnavailable(
-                    f"{provider} did not start: {_first_line(error)}; to use it, {_how_to_install(provider)}"
+                    f"{provider} did not start: {_first_line(error)}; to use it, {how_to_install(provider)}"
                 ) from error
             raise ModelError(
                 f"onnxruntime can't load {self.label}: {_first_line(error)}; check the path, and the file with "
@@ -206,11 +212,12 @@ def _require_available(provider: str) -> None:
     if provider not in available:
         raise RuntimeUnavailable(
             f"this onnxruntime {onnxruntime.__version__} has no {provider}, it has {_listed(available)}; "
-            f"to use it, {_how_to_install(provider)}"
+            f"to use it, {how_to_install(provider)}"
         )
 
 
-def _how_to_install(provider: str) -> str:
+def how_to_install(provider: str) -> str:
+    """What to do for a provider that is missing, as the end of a sentence."""
     return _INSTALL.get(provider, f"check the name, or install an onnxruntime package built with {provider}")
 
 

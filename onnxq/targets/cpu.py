@@ -17,6 +17,8 @@ CPU = Target(
     # operators written out: the runtime's own QDQ fusion misses some (a MatMul whose bias is added apart becomes a
     # Gemm first and then dequantizes its weights at every run)
     format="qoperator",
+    summary="this machine's processor (x86-64 with VNNI or AMX, with AVX2 alone, or 64-bit ARM)",
+    machines=frozenset({"AMD64", "i386", "i686", "x86", "x86_64"}),
     lowerings={
         ("Conv", "int"): "QLinearConv",
         ("MatMul", "int"): "QLinearMatMul",

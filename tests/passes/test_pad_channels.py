@@ -26,7 +26,7 @@ OPTIMIZED = pytest.mark.parametrize("optimize", [True, False], ids=["optimized",
 @pytest.fixture
 def saturating(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planned for a processor without VNNI runs on any."""
-    monkeypatch.setattr(lowering_support, "HERE", WITHOUT_VNNI["cpu"])
+    monkeypatch.setattr(lowering_support, "HERE", WITHOUT_VNNI)
 
 
 def stem(*filters: int, **attrs: Any) -> onnx.ModelProto:

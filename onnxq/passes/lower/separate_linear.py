@@ -29,6 +29,8 @@ class SeparateLinear(Pass):
         verdict = context.plan.node(node.name)
         if verdict is None or not verdict.is_int or verdict.int_output or node.op not in ("Gemm", "MatMul"):
             return False
+        if context.target is not None and node.op not in context.target.pairs_with_q:
+            return False  # its runtime fuses otherwise
         result = node.outputs[0]
         readers = graph.consumers(result)
         if graph.is_output(result) and readers:

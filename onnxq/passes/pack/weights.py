@@ -12,6 +12,7 @@ import numpy as np
 from onnxq.graph import Graph, Shared, Tensor, constants, decoder_bytes, dtype_of, pack_weight, shape_of
 from onnxq.numerics.encoding_choice import BASE, Choice, choices, choose, peak
 from onnxq.passes.manager import Context, Packed, Packing, Pass
+from onnxq.passes.pack.codes import takes
 
 OPSET = 21  # the first in which Cast takes 4 bits
 # What a model may take over an empty process, times what it takes dense, or this many bytes, if they are more. By the
@@ -38,7 +39,7 @@ class PackWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> bool:
         """Choose for all weights together, then rewrite one after the other."""
-        weights = self._weights(graph) if graph.opset >= OPSET else []
+        weights = self._weights(graph) if graph.opset >= OPSET and takes(context, 4) else []
         found = [_rated(graph, weight) for weight in weights]
         dense = sum(options[0].nbytes for options in found)
         limit = self.load_memory or BASE + max(int(TIMES_DENSE * 2 * dense), ANYHOW)

@@ -18,8 +18,8 @@ class QuantizeBiases(Pass):
 
     Also the constant of an Add behind a MatMul: with a float bias the runtime makes a Gemm of the two and then
     dequantizes the weights at every run. A bias that would leave no room in int32 for the sum of products stays float
-    there (for Conv and Gemm the Plan's weight scales rule it out). Rounds half to even. Source: ONNX QLinearConv-10
-    (bias scale), onnxruntime's QDQ selectors.
+    there (for Conv and Gemm the Plan's weight scales rule it out); on targets with float biases all do. Rounds half to
+    even. Source: ONNX QLinearConv-10 (bias scale), onnxruntime's QDQ selectors.
     """
 
     name: ClassVar[str] = "quantize-biases"
@@ -27,6 +27,8 @@ class QuantizeBiases(Pass):
     def visit(self, node: Node, graph: Graph, context: Context) -> bool:
         """Quantize the bias of one node with int8 weights."""
         verdict = context.plan.node(node.name)
+        if context.target is not None and context.target.float_bias:
+            return False
         if verdict is None or verdict.weight is None or node.inputs[0].name not in context.plan.activations:
             return False
         owner, index = _bias_of(graph, node, verdict.bias_add)
