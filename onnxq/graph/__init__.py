@@ -7,12 +7,14 @@ from onnxq.graph.load import load, read_nodes, stored_bytes
 from onnxq.graph.packed import SPARSE, PackedWeight, packed_weights
 from onnxq.graph.packing import decoder_bytes, pack_weight
 from onnxq.graph.save import constants, file_bytes, save
+from onnxq.graph.schemas import Slot, slots
 from onnxq.graph.shared import Shared
 from onnxq.graph.switched import Switch, switched
 from onnxq.graph.tensors import (
     FLOAT32,
     HALF,
     dtype_of,
+    halve,
     is_constant,
     is_sparse,
     make_sparse,
@@ -26,8 +28,8 @@ from onnxq.graph.tensors import (
 from onnxq.graph.types import element_types
 from onnxq.graph.versions import raise_opset
 
-__all__ = ["CONTRIB", "FLOAT32", "HALF", "SPARSE", "Graph", "Node", "PackedWeight", "Shared", "Switch", "Tensor",
-           "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types", "expose_codes", "file_bytes",
-           "identity", "is_constant", "is_sparse", "load", "make_sparse", "narrow", "pack_weight", "packed_weights",
-           "port_of", "raise_opset", "read_nodes", "repeat", "save", "shape_of", "stored_bytes", "switched",
-           "type_number", "up_to", "weight_bytes", "widen", "widen_attribute"]
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "SPARSE", "Graph", "Node", "PackedWeight", "Shared", "Slot", "Switch",
+           "Tensor", "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types", "expose_codes",
+           "file_bytes", "halve", "identity", "is_constant", "is_sparse", "load", "make_sparse", "narrow",
+           "pack_weight", "packed_weights", "port_of", "raise_opset", "read_nodes", "repeat", "save", "shape_of",
+           "slots", "stored_bytes", "switched", "type_number", "up_to", "weight_bytes", "widen", "widen_attribute"]
