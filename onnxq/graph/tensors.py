@@ -359,7 +359,7 @@ def halve(tensor: gs.Constant, limit: float, folder: Path) -> None:
 def store(tensor: gs.Constant, values: Array | LazyValues) -> None:
     """Put other values in place of a constant's, of any type."""
     tensor._values = values
-    tensor._export_dtype = None  # a copied constant holds its type apart
+    tensor._export_dtype = tensor.data_location = None  # a copied constant holds its type apart
 
 
 def storable(name: str, values: Array) -> Array | LazyValues:

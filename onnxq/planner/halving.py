@@ -28,6 +28,7 @@ _FEW = 64  # elements whose sum is taken to fit
 _ROWS = 1 << 22  # elements of a constant that are read at a time
 _FILL = 1e9  # from here on a number stands for infinity
 _INTEGERS = "biu"
+_SQUARES = ", whose squares pass float16's range"
 
 # operators that hand numbers on as they are
 _MOVES = frozenset({
@@ -46,15 +47,16 @@ _LAYERS = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "GRU", "Gath
 
 
 def decide(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None,
-           coded: Collection[str] = frozenset()) -> tuple[dict[str, str], dict[str, float]]:
+           coded: Collection[str] = frozenset(), keep_ports: bool = True) -> tuple[dict[str, str], dict[str, float]]:
     """`Plan.wide` and `Plan.limits` of a float32 graph, bodies included.
 
     `ranges` gives least and greatest numbers of tensors, where they are known; `coded` names weights that become codes,
-    which are not read. Constants are, a block of rows at a time.
+    which are not read. Constants are, a block of rows at a time. `keep_ports` is that of ToHalf.
     """
     known = ranges or {}
     wide: dict[str, str] = {}
-    for part in list(graph.graphs()):
+    parts = list(graph.graphs())
+    for part in parts:
         for find in (_normalisations, _roots, _exponentials, _whole_numbers):
             for node, reason in find(part):
                 wide.setdefault(node.name, reason)
@@ -62,9 +64,11 @@ def decide(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
             wide.setdefault(node.name, reason)
     for node, reason in (*_without_half(graph), *_large(graph, known)):
         wide.setdefault(node.name, reason)
-    limits = _constants(graph, coded, wide)
     _between(graph, wide)
-    return wide, limits
+    ends = {name for part in parts for name in _ends(part, wide, keep_ports)}
+    for name in ends:
+        del wide[name]
+    return wide, _constants(graph, coded, wide, ends)
 
 
 # ------------------------------------------------------------------ regions
@@ -75,7 +79,46 @@ def _normalisations(graph: Graph) -> Found:
     labels = composites.find(graph)
     for node in graph.nodes:
         if labels.get(node.name) in ("LayerNorm", "RMSNorm"):
-            yield node, f"part of a {labels[node.name]}, whose squares pass float16's range"
+            yield node, f"part of a {labels[node.name]}{_SQUARES}"
+
+
+def _ends(graph: Graph, wide: Mapping[str, str], keep_ports: bool) -> Iterator[str]:
+    """Names of the scales and shifts at the end of normalisations that are float16 again.
+
+    onnxruntime 1.32 fuses a LayerNormalization of what is read behind a Cast that nothing else reads, and of scale and
+    shift in their types: it then refuses one of two types. So they are float16 where there will be such a Cast, and
+    float32 where there won't. Source: its layer_norm_fusion.cc.
+    """
+    for core in graph.nodes:
+        reason = wide.get(core.name, "")
+        if core.op not in ("Div", "Mul") or not reason.endswith(_SQUARES) or any(is_constant(t) for t in core.inputs):
+            continue
+        chain, last = [], core
+        for op in ("Mul", "Add"):
+            user = graph.only_consumer(last.outputs[0])
+            if user is None or user.op != op or wide.get(user.name) != reason or not _has_vector(graph, user):
+                break
+            chain.append(user)
+            last = user
+        if "LayerNorm" not in reason or _is_cast_alone(graph, core, wide, keep_ports):
+            yield from (node.name for node in chain)
+
+
+def _has_vector(graph: Graph, node: Node) -> bool:
+    return any(is_constant(t) and graph.scalar(t) is None for t in node.inputs)
+
+
+def _is_cast_alone(graph: Graph, core: Node, wide: Mapping[str, str], keep_ports: bool) -> bool:
+    """Whether what a LayerNorm reads becomes float16, and its mean and difference alone read it as float32."""
+    centred = graph.producer(core.inputs[0])
+    if centred is None or centred.op != "Sub":
+        return False
+    source = centred.inputs[0]
+    maker = graph.producer(source)
+    half = not keep_ports if maker is None else maker.name not in wide and maker.op != "Cast"
+    users = [user.op for user in graph.consumers(source) if user.name in wide]
+    return half and not graph.is_output(source) and sorted(users) in (["ReduceMean", "Sub"],
+                                                                      ["ReduceMean", "Sub", "Sub"])
 
 
 def _roots(graph: Graph) -> Found:
@@ -251,8 +294,9 @@ def _between(graph: Graph, wide: dict[str, str]) -> None:
 # ------------------------------------------------------------------ constants
 
 
-def _constants(graph: Graph, coded: Collection[str], wide: dict[str, str]) -> dict[str, float]:
-    """What numbers beyond float16's range become, by constant; readers of others that don't fit are added to `wide`."""
+def _constants(graph: Graph, coded: Collection[str], wide: dict[str, str], ends: Collection[str]) -> dict[str, float]:
+    """What numbers beyond float16's range become, by constant; readers of others that don't fit are added to `wide`,
+    unless they are among `ends`."""
     limits: dict[str, float] = {}
     readers: dict[str, list[Node]] = {}
     for node, _ in graph.walk():
@@ -272,7 +316,8 @@ def _constants(graph: Graph, coded: Collection[str], wide: dict[str, str]) -> di
             else:
                 reason = "a constant of it passes float16's range"
         for node in narrow if reason else ():
-            wide[node.name] = reason
+            if node.name not in ends:
+                wide[node.name] = reason
     return limits
 
 
