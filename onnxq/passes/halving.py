@@ -26,8 +26,9 @@ _CONTRIB: dict[str, _Fixed] = {
     "SkipSimplifiedLayerNormalization": _STATISTICS,
 }
 _UNLISTED = {"SimplifiedLayerNormalization": _STATISTICS}  # in the domain of ONNX without being in its schemas
-# inputs that the schema lets be float16 and onnxruntime reads as float32
-_RUNTIME = {"Resize": frozenset({1})}
+# inputs that the schema lets be float16, for which onnxruntime has no kernel
+_RUNTIME = {"Resize": frozenset({1}), **dict.fromkeys(
+    ("Bernoulli", "EyeLike", "RandomNormalLike", "RandomUniformLike"), frozenset({0}))}
 # operators of one input, whose type no output shares
 _EITHER = frozenset({"ArgMax", "ArgMin", "Cast", "IsInf", "IsNaN", "NonZero", "Shape", "Size"})
 # outputs that are of an input's type where no attribute says another, though the schema gives them another variable

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from onnxq.graph import FLOAT32, Graph, Node, Tensor, constants, dtype_of, element_types, is_constant, shape_of
+from onnxq.graph import FLOAT32, HALF, Graph, Node, Tensor, constants, dtype_of, element_types, is_constant, shape_of
 from onnxq.numerics import halves
 from onnxq.passes.halving import slots_of
 from onnxq.planner import composites
@@ -43,15 +43,16 @@ _SUMS = frozenset({"ReduceL1", "ReduceSum", "Sum"})
 _POWERS = frozenset({"ReduceL2", "ReduceLogSumExp", "ReduceLogSum", "ReduceProd", "ReduceSumSquare", "LpNormalization",
                      "LpPool", "GlobalLpPool", "MeanVarianceNormalization"})
 _REDUCE = frozenset({"ReduceMean", "ReduceSum"})
+_DECODERS = frozenset({"DequantizeLinear", "GatherBlockQuantized", "MatMulNBits"})
 _LAYERS = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
 
 
 def decide(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None,
-           coded: Collection[str] = frozenset(), keep_ports: bool = True) -> tuple[dict[str, str], dict[str, float]]:
-    """`Plan.wide` and `Plan.limits` of a float32 graph, bodies included.
+           keep_ports: bool = True) -> tuple[dict[str, str], dict[str, float]]:
+    """`Plan.wide` and `Plan.limits` of a float32 graph as ToHalf will find it, bodies included.
 
-    `ranges` gives least and greatest numbers of tensors, where they are known; `coded` names weights that become codes,
-    which are not read. Constants are, a block of rows at a time. `keep_ports` is that of ToHalf.
+    `ranges` gives least and greatest numbers of tensors, where they are known; `keep_ports` is that of ToHalf.
+    Constants are read, a block of rows at a time, but for scales of codes: those of a whole weight are a computation.
     """
     known = ranges or {}
     wide: dict[str, str] = {}
@@ -65,10 +66,10 @@ def decide(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     for node, reason in (*_without_half(graph), *_large(graph, known)):
         wide.setdefault(node.name, reason)
     _between(graph, wide)
-    ends = {name for part in parts for name in _ends(part, wide, keep_ports)}
+    ends = {name for part in parts for name in _ends(part, wide, keep_ports and part is graph)}
     for name in ends:
         del wide[name]
-    return wide, _constants(graph, coded, wide, ends)
+    return wide, _constants(graph, wide, ends)
 
 
 # ------------------------------------------------------------------ regions
@@ -115,9 +116,12 @@ def _is_cast_alone(graph: Graph, core: Node, wide: Mapping[str, str], keep_ports
         return False
     source = centred.inputs[0]
     maker = graph.producer(source)
-    half = not keep_ports if maker is None else maker.name not in wide and maker.op != "Cast"
+    half = not keep_ports
+    if maker is not None:
+        half = dtype_of(maker.inputs[0]) == HALF[0] if maker.op == "Cast" else maker.name not in wide
     users = [user.op for user in graph.consumers(source) if user.name in wide]
-    return half and not graph.is_output(source) and sorted(users) in (["ReduceMean", "Sub"],
+    listed = keep_ports and graph.is_output(source)  # whose Cast is an output
+    return half and not listed and sorted(users) in (["ReduceMean", "Sub"],
                                                                       ["ReduceMean", "Sub", "Sub"])
 
 
@@ -169,7 +173,7 @@ def _whole_numbers(graph: Graph) -> Found:
             continue
         through = _ELEMENTWISE | _MOVES | {"Cast", "Range"} | ({"MatMul"} if angle else set())
         above = [n for n in _upward(graph, anchor, through) if n.op != "MatMul" or not _multiplies_stored(n)]
-        starts = {t.name for t in graph.inputs}
+        starts = {t.name for t in graph.inputs if len(shape_of(t) or (0, 0)) < 2}  # of times, say
         if not any(_counts(n) or any(t.name in starts for t in n.inputs) for n in (anchor, *above)):
             continue
         what = "angles" if angle else "whole numbers"
@@ -276,25 +280,25 @@ def _passes(bounds: tuple[float, float]) -> bool:
 
 def _between(graph: Graph, wide: dict[str, str]) -> None:
     """Add nodes that only hand on, and cast nothing: from float32 to float32."""
-    changed = True
-    while changed:
-        changed = False
-        for node, part in graph.walk():
-            if node.name in wide or node.op not in _MOVES or node.domain:
-                continue
-            data = [t for t in node.inputs if t.name and dtype_of(t) == FLOAT32]
-            above = [graph.producer(t) for t in data if not is_constant(t)]
-            users = [user for t in node.outputs for user in graph.consumers(t)]
-            outward = any(part.is_output(t) for t in node.outputs)
-            if above and users and not outward and all(n is not None and n.name in wide for n in (*above, *users)):
-                wide[node.name] = "between nodes that stay float32"
-                changed = True
+    found: dict[str, list[Node | None]] = {}  # what each reads from and is read by
+    for node, part in graph.walk():
+        data = [t for t in node.inputs if t.name and dtype_of(t) == FLOAT32 and not is_constant(t)]
+        users = [user for t in node.outputs for user in graph.consumers(t)]
+        moves = node.op in _MOVES and not node.domain and not any(part.is_output(t) for t in node.outputs)
+        if moves and data and users:
+            found[node.name] = [*(graph.producer(t) for t in data), *users]
+    before = -1
+    while len(found) != before:
+        before = len(found)
+        found = {name: around for name, around in found.items()
+                 if all(n is not None and (n.name in wide or n.name in found) for n in around)}
+    wide |= {name: "between nodes that stay float32" for name in found if name not in wide}
 
 
 # ------------------------------------------------------------------ constants
 
 
-def _constants(graph: Graph, coded: Collection[str], wide: dict[str, str], ends: Collection[str]) -> dict[str, float]:
+def _constants(graph: Graph, wide: dict[str, str], ends: Collection[str]) -> dict[str, float]:
     """What numbers beyond float16's range become, by constant; readers of others that don't fit are added to `wide`,
     unless they are among `ends`."""
     limits: dict[str, float] = {}
@@ -305,7 +309,7 @@ def _constants(graph: Graph, coded: Collection[str], wide: dict[str, str], ends:
                 readers.setdefault(tensor.name, []).append(node)
     for tensor in constants(graph):
         narrow = [n for n in readers.get(tensor.name, []) if n.name not in wide]
-        if not narrow or tensor.name in coded:
+        if not narrow or any(n.op in _DECODERS for n in narrow):
             continue
         least, greatest, few_digits = _look(graph, tensor)
         reason = "a constant of it has too few digits in float16" if few_digits else ""

@@ -14,6 +14,7 @@ from onnxq.passes.halving import FLOAT16, Slots, slots_of
 from onnxq.passes.manager import Context, Pass
 
 _BODIES = frozenset({"If", "Loop", "Scan"})
+_TYPED = frozenset({"Cast", "Constant", "ConstantOfShape"})  # onnxruntime lets them make float16 where they say so
 _MOST = 1024  # elements of a constant in an attribute
 
 
@@ -112,8 +113,8 @@ class _Halving:
 
     @staticmethod
     def _names_type(node: Node) -> bool:
-        """Whether an attribute says that a node makes float32, or holds the float32 values that it makes."""
-        return node.op in _BODIES or any(True for _ in _type_attributes(node))
+        """Whether an attribute says that a node makes float32, or holds that, and may say float16."""
+        return node.op in _BODIES or (node.op in _TYPED and any(True for _ in _type_attributes(node)))
 
     def _make(self, tensor: Tensor, graph: Graph, becomes: np.dtype[np.generic], maker: Node | None = None) -> None:
         if tensor.name in self.floats:
