@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from onnxq.errors import UsageError
-from onnxq.graph import Graph
+from onnxq.graph import Graph, shape_of
+from onnxq.passes.decompose import decompose
+from onnxq.passes.manager import Context, Pass
+from onnxq.passes.static_shapes import static_shapes
 from onnxq.recipe import Recipe
 from onnxq.runtime.machine import target_here
 from onnxq.schemes import Scheme, scheme, scheme_names
@@ -56,6 +60,26 @@ def facts(target: Target) -> dict[str, Any]:
         "operators": sorted(target.operators) if target.operators is not None else None,
         "session_options": dict(target.config), "provider_options": dict(target.provider_options),
         "limits": limits, "kernels": kernels}
+
+
+def sized(graph: Graph, target: Target, shapes: Mapping[str, Sequence[int]]) -> Graph:
+    """The graph with fixed sizes of its free axes, where the target wants them: axis -> its one size.
+
+    Raises UsageError where an axis has none, or several.
+    """
+    free = sorted({str(d) for t in graph.inputs for d in shape_of(t) or () if not isinstance(d, int)})
+    if not target.static or not free:
+        return graph
+    missing = [axis for axis in free if len(shapes.get(axis, ())) != 1]
+    if missing:
+        raise UsageError(f"target {target.name} wants a size for each free axis; give "
+                         f"{' '.join(f'--shape {axis}=N' for axis in missing)}")
+    return static_shapes(graph, {axis: sizes[0] for axis, sizes in shapes.items()}, Context(target))
+
+
+def spelled_out(target: Target) -> list[Pass]:
+    """Passes that write what a target lacks as operators that it has."""
+    return decompose(frozenset(target.operators)) if target.operators is not None else []
 
 
 def coarser(chosen: Recipe) -> Recipe | None:

@@ -13,13 +13,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from onnxq import notices, sizes, streaming, verification
-from onnxq.aiming import check_model, coarser, target_for
+from onnxq.aiming import check_model, coarser, sized, spelled_out, target_for
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import GraphError, OutputError
 from onnxq.explanation import codes
 from onnxq.graph import Graph, Node, limit_ir_version, load, raise_opset, save, stored_bytes
 from onnxq.passes.canonicalize import canonicalize
-from onnxq.passes.lower import EMITTER_VERSION, lower
+from onnxq.passes.lower import EMITTER_VERSION, written
 from onnxq.passes.manager import Context, Hook, Pass, PassManager, Removals
 from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.pack.codes import opset_for_codes
@@ -124,6 +124,7 @@ class _Compilation:
         with self.stage("load"):
             graph = load(request.model)
             check_model(graph, request.target)
+            graph = sized(graph, request.target, request.shapes)
             how, ports = request.recipe.data, graph.ports()
             calib = open_data(request.calib, ports, how=how) if request.calib is not None else None
             evaluation = open_data(request.evaluation, ports, how=how) if request.evaluation is not None else None
@@ -163,6 +164,8 @@ class _Compilation:
         self.planning = self._planning(graph, None, self.recipe)
         self.context.plan = self.planning.plan() if self.request.plan is None else self.planning.replay(
             self.request.plan)
+        if self.request.plan is None:
+            self.planning.halve(self.context.plan)
         with self.stage("rewrite"):
             compiled = self._write(None, None)
         with self.stage("save"):
@@ -222,6 +225,7 @@ class _Compilation:
             self.report.verdict.notices += kept.faults
         else:
             self._passes(weighed, graph, removals)
+        self._passes(spelled_out(self.request.target), graph)
         if graph.half and self.request.target.floats == "float32":
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "
@@ -266,6 +270,7 @@ class _Compilation:
         if request.plan is None:
             self.planning.round(self.context.plan)
             self.planning.correct(self.context.plan)
+            self.planning.halve(self.context.plan)
         plan, said = self.context.plan, self.report.verdict.notices
         said += notices.of_plan(plan, self.planning, plan.quantizes or plan.shrinks if able is None else able)
         if self.planning.calib is not None and (self.planning.used_data or plan.bias_shifts):
@@ -288,7 +293,7 @@ class _Compilation:
             self._passes(quantize(), graph)
             if twin is not None:
                 save(graph, twin)
-        self._passes(lower(self.request.format), graph)
+        self._passes(written(self.request.format, self.request.target), graph)
         graph = self._packed(graph)
         graph.metadata.update({
             "onnxq.version": VERSION, "onnxq.recipe": json.dumps(self.recipe.to_dict()),
@@ -314,7 +319,7 @@ class _Compilation:
         """Write what a Plan that is not decided on yet would make, to be timed."""
         graph, context = self.planning.graph_for(plan), Context(self.request.target, plan.to_time())
         PassManager([*transform(plan.dropped), *quantize()]).run(graph, context)
-        PassManager(lower(self.request.format)).run(graph, context)
+        PassManager(written(self.request.format, self.request.target)).run(graph, context)
         save(graph, path)
 
     def _passes(self, passes: Sequence[Pass], graph: Graph, *hooks: Hook) -> None:

@@ -170,7 +170,8 @@ class Plan:
     `widths` maps a weight to the bits that all but a few of its int8 codes fit. `narrowed` maps a tensor of the
     canonical graph to the channels that it keeps; all else is told of the graph that this makes.
     `pruned` maps the name of a weight of the canonical graph to its values with zeros, float32, which everything else
-    is told of.
+    is told of. `wide` maps nodes that stay float32 where the rest of a graph computes in float16 to why they do;
+    `limits` the name of a constant with numbers beyond float16's range to what these become there, apart from the sign.
     """
 
     scheme: str
@@ -190,6 +191,8 @@ class Plan:
     narrowed: dict[str, Narrowed] = field(default_factory=dict)
     widths: dict[str, int] = field(default_factory=dict)
     pruned: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    wide: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
 
     def node(self, name: str) -> NodePlan | None:
         """The verdict on a node, None for one that came later (Q, DQ and the like)."""
@@ -284,6 +287,7 @@ class Plan:
                 weights=tuple(arrays[f"{name}/weights/{k}"] for k in range(len(item["layers"]))))
         plan.widths = dict(data.get("widths", {}))
         plan.ties = dict(data.get("ties", {}))
+        plan.wide, plan.limits = dict(data.get("wide", {})), dict(data.get("limits", {}))
         plan.rounded = {k.removeprefix(_ROUNDED): v for k, v in arrays.items() if k.startswith(_ROUNDED)}
         plan.pruned = {k.removeprefix(_PRUNED): v for k, v in arrays.items() if k.startswith(_PRUNED)}
         plan.bias_shifts = {k.removeprefix(_SHIFT): v for k, v in arrays.items() if k.startswith(_SHIFT)}
@@ -301,6 +305,7 @@ class Plan:
                 "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels,
                               "size": n.size} for n in self.narrowed.values()],
                 "widths": self.widths, "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
+                "wide": self.wide, "limits": self.limits,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
                 "smoothings": [{"tensor": s.tensor, "layers": s.layers, "axis": s.axis, "absorbed": s.absorbed}
                                for s in self.smoothings.values()]}

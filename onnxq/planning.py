@@ -32,6 +32,7 @@ from onnxq.planner import (
     alone,
     block_rounding,
     correction,
+    halving,
     masks,
     narrowing,
     pruning,
@@ -177,6 +178,20 @@ class Planning:
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
+
+    def halve(self, plan: Plan) -> None:
+        """Decide what stays float32 on a target that computes in float16."""
+        if self.target.floats != "float16":
+            return
+        with self.stage("float16"):
+            graph, context = self.graph_for(plan), Context(self.target, plan)
+            PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
+            plan.wide, plan.limits = halving.decide(graph)
+        for name, why in plan.wide.items():
+            if name in plan.nodes:
+                plan.nodes[name] = replace(plan.nodes[name], reason=f"{plan.nodes[name].reason}; float32: {why}")
+        self.notices.append(f"float parts compute in float16, {len(plan.wide)} nodes of them in float32: what passes "
+                            "float16's range or needs more digits")
 
     def graph_for(self, plan: Plan) -> Graph:
         """A graph of its own to rewrite as a Plan says: the canonical one, narrowed, pruned, with channels scaled."""

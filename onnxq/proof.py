@@ -42,7 +42,8 @@ class Proof:
 
     def feeds(self, ports: list[Port], data: Dataset | None) -> tuple[Feeds, str]:
         """One batch to time and read back on; without data a random one, which is said wherever it is used."""
-        batch, shapes = self.request.recipe.calibration.batch, self.request.shapes
+        batch = self.request.recipe.calibration.batch
+        shapes = {} if self.request.target.static else self.request.shapes  # there the model has them
         if data is not None:
             return resized(verification.first_feeds(data, batch, 1)[0], ports, shapes), data.name
         try:
@@ -72,7 +73,7 @@ class Proof:
             return
         with verification.stage(report, self.progress, "verify"):
             report.nodes = verification.what_ran(plan, files.compiled, feeds, options, report.verdict, made)
-            if plan.changes:
+            if plan.changes and self.request.target.floats == "float32":  # else its form of Q and DQ is of another type
                 report.semantic = verification.semantic(files.reference, files.compiled, files.twin, feeds, options,
                                                         report.verdict)
 

@@ -64,14 +64,17 @@ def load(path: str | Path) -> Graph:
     return graph
 
 
-def from_proto(model: onnx.ModelProto, folder: Path) -> Graph:
-    """The Graph of a model of a supported opset, which is changed on the way; `folder` holds its external data."""
+def from_proto(model: onnx.ModelProto, folder: Path, outputs: bool = False) -> Graph:
+    """The Graph of a model of a supported opset, which is changed on the way; `folder` holds its external data.
+
+    `outputs` tells whether outputs get the sizes that inference finds in place of names of their axes.
+    """
     for graph in with_bodies(model.graph):
         _constants_to_initializers(graph)
         _densify(graph)
     names = name_nodes(model.graph)
     name_tensors(model.graph)
-    model = _infer_shapes(model)
+    model = _infer_shapes(model, outputs)
     for graph in with_bodies(model.graph):
         _forget_odd_kinds(graph, is_body=graph is not model.graph)
     # inner nodes come last in `names` and have to be settled first: settling a node may copy its bodies
@@ -232,7 +235,7 @@ def _forget_odd_kinds(graph: onnx.GraphProto, is_body: bool) -> None:
             value.ClearField("type")
 
 
-def _infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
+def _infer_shapes(model: onnx.ModelProto, outputs: bool) -> onnx.ModelProto:
     """Add inferred shapes; inference sees a copy without the large weights, so it costs no memory.
 
     A model that inference rejects keeps the shapes it came with: they help, nothing relies on them.
@@ -245,6 +248,10 @@ def _infer_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     del model.graph.value_info[:]
     model.graph.value_info.extend(inferred.graph.value_info)
+    for mine, found in zip(model.graph.output, inferred.graph.output, strict=True) if outputs else ():
+        for dim, size in zip(mine.type.tensor_type.shape.dim, found.type.tensor_type.shape.dim, strict=False):
+            if size.HasField("dim_value"):
+                dim.dim_value = size.dim_value
     return model
 
 

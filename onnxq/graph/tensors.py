@@ -20,6 +20,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from onnxq.errors import GraphError, ModelError
+from onnxq.numerics import halves
 from onnxq.ports import BFLOAT16, Port
 
 Array = NDArray[Any]
@@ -27,6 +28,7 @@ FLOAT32 = np.dtype(np.float32)
 HALF: tuple[np.dtype[Any], ...] = (np.dtype(np.float16), BFLOAT16)
 
 _WORTH_ADVICE = 1 << 20  # bytes
+_EAGER = 1024  # elements
 _PIECE = 16 << 20  # bytes in memory at a time of what is copied from file to file
 
 # types of which several share a byte when stored; ONNX packs them from the low bits up
@@ -337,10 +339,27 @@ def narrow(tensor: gs.Constant, half: np.dtype[Any], folder: Path) -> bool:
     return True
 
 
+def halve(tensor: gs.Constant, limit: float, folder: Path) -> None:
+    """Make float16 of a float32 constant, in place; numbers beyond +-`limit` become that.
+
+    Small ones are converted at once, larger ones whenever they are read; what was widened from float16 is itself again.
+    """
+    values = tensor._values
+    if isinstance(values, Widened) and values.tensor.data_type == onnx.TensorProto.FLOAT16:
+        store(tensor, values.half)
+        return
+
+    def compute() -> Array:
+        return halves.nearest(_values(values, folder, None), limit)
+
+    small = np.prod(values.shape, dtype=np.int64) <= _EAGER
+    store(tensor, compute() if small else Computed(tensor.name, np.dtype(np.float16), values.shape, compute))
+
+
 def store(tensor: gs.Constant, values: Array | LazyValues) -> None:
     """Put other values in place of a constant's, of any type."""
     tensor._values = values
-    tensor._export_dtype = None  # a copied constant holds its type apart
+    tensor._export_dtype = tensor.data_location = None  # a copied constant holds its type apart
 
 
 def storable(name: str, values: Array) -> Array | LazyValues:

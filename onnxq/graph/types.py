@@ -48,13 +48,13 @@ def _sharing(node: Node, opset: int) -> Iterator[list[str]]:
     schema = defs.get_schema(node.op, opset, "")
     groups: dict[str, list[str]] = {}
     for formal, actual in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
-        for parameter, tensor in _paired(formal, actual):
+        for parameter, tensor in paired(formal, actual):
             if tensor.name and parameter.is_homogeneous and "(" not in parameter.type_str:
                 groups.setdefault(parameter.type_str, []).append(tensor.name)
     yield from groups.values()
 
 
-def _paired(formal: Sequence[Any], actual: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+def paired(formal: Sequence[Any], actual: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
     """Each tensor with its formal parameter; the last parameter of a variadic operator stands for all that follow."""
     for index, tensor in enumerate(actual):
         if formal:

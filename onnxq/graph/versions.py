@@ -37,7 +37,7 @@ def raise_opset(graph: Graph, version: int) -> Graph:
     except Exception as e:  # the converter raises whatever its C++ side does
         raise GraphError(f"onnx can't raise the model from opset {graph.opset} to {version} ({first_line(e)}); "
                          f"export it at opset {version}") from None
-    return _adopt(graph, raised, weights)
+    return adopt(graph, raised, weights)
 
 
 def limit_ir_version(graph: Graph, most: int | None) -> None:
@@ -82,13 +82,16 @@ def _check(raised: onnx.ModelProto, weights: set[str]) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def _adopt(graph: Graph, raised: onnx.ModelProto, weights: dict[str, Tensor]) -> Graph:
-    """A Graph of the raised model with the weights and all else that only the old one knows."""
+def adopt(graph: Graph, raised: onnx.ModelProto, weights: dict[str, Tensor], outputs: bool = False) -> Graph:
+    """A Graph of a model that was made of an old one, with the weights and all else that only the old one knows.
+
+    `outputs` tells whether sizes of outputs are inferred, too.
+    """
     for proto in [t for g in with_bodies(raised.graph) for t in g.initializer]:
         if proto.name in weights:  # without values, inference would take it for an empty one
             proto.data_location = onnx.TensorProto.EXTERNAL
             proto.external_data.add(key="location", value="unread")
-    twin = from_proto(raised, graph.folder)
+    twin = from_proto(raised, graph.folder, outputs)
     for tensor in constants_of(twin.ir):
         if tensor.name in weights:
             store(tensor, weights[tensor.name]._values)

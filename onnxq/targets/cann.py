@@ -9,6 +9,7 @@ compiler instead: `onnxq export --format ascend`. Source: onnxruntime's core/pro
 from __future__ import annotations
 
 from onnxq.targets.base import Target
+from onnxq.targets.cann_operators import CANN_OPERATORS
 
 CANN = Target(
     name="cann",
@@ -18,6 +19,7 @@ CANN = Target(
     scheme="float",
     scheme_without_data="float",
     floats="float16",
+    operators=dict.fromkeys(CANN_OPERATORS, frozenset()),
     static=True,
     provider_options=(("precision_mode", "force_fp16"), ("dump_om_model", "0")),
 )

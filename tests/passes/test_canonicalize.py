@@ -156,13 +156,13 @@ def test_a_large_result_of_unknown_shape_is_left_too(opened: Opener, monkeypatch
 
 
 def test_shape_with_bounds_and_of_a_weight(fires: Try) -> None:
-    model = make_model([node("Shape", "x", "s", start=1), node("Shape", "w", "t", start=1),
+    model = make_model([node("Shape", "x", "s", start=-1), node("Shape", "w", "t", start=1),
                         node("ConstantOfShape", "t", "c"), node("ReduceSum", "c", "k", keepdims=0),
-                        node("Cast", "s", "f", to=1), node("Add", "f k", "y")], {"x": [2, 3]}, {"y": [1]},
-                       {"w": random(4, 5)})
+                        node("Shape", "x", "r", end=1), node("Add", "s r", "a"), node("Cast", "a", "f", to=1),
+                        node("Add", "f k", "y")], {"x": ["n", 3]}, {"y": [1]}, {"w": random(4, 5)})
     graph, skips = fires(model, FoldConstants(), {"x": random(2, 3)})
-    assert (ops(graph), skips) == (["Shape", "Cast", "Add"], [])
-    assert graph.scalar(graph.nodes[2].inputs[1]) == 0.0
+    assert (ops(graph), skips) == (["Shape", "Add", "Cast", "Add"], [])
+    assert (graph.scalar(graph.nodes[1].inputs[0]), graph.scalar(graph.nodes[3].inputs[1])) == (3.0, 0.0)
 
 
 def test_folded_values_are_those_of_the_runtime(fires: Try) -> None:

@@ -22,9 +22,9 @@ _NEVER = frozenset({
 class FoldConstants(Pass):
     """Compute nodes whose inputs are all stored, where the result stays below `max_bytes`.
 
-    Also Shape of a tensor with fixed dimensions, and a larger Transpose, which is computed as it is read. Values come
-    from onnx's reference implementation; where their type is not the declared one or none of NumPy's own, the node
-    stays.
+    Also Shape of a tensor whose asked dimensions are fixed, and a larger Transpose, which is computed as it is read.
+    Values come from onnx's reference implementation; where their type is not the declared one or none of NumPy's own,
+    the node stays.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -41,8 +41,9 @@ class FoldConstants(Pass):
             return False
         if any(hasattr(v, "nodes") for v in node.attrs.values()) or _decodes(node):
             return False
-        if node.op == "Shape" and not node.attrs:
+        if node.op == "Shape":
             dims = shape_of(node.inputs[0])
+            dims = None if dims is None else dims[node.attrs.get("start", 0):node.attrs.get("end")]
             if dims is None or not all(isinstance(d, int) for d in dims):
                 return False
             values: list[np.ndarray[Any, Any]] = [np.asarray(dims, np.int64)]

@@ -16,12 +16,19 @@ from onnxq.passes.lower.qlinear_linear import LowerLinear
 from onnxq.passes.lower.qlinear_others import LowerJoining
 from onnxq.passes.lower.separate_linear import SeparateLinear
 from onnxq.passes.lower.shed_dequantize import ShedDequantize
+from onnxq.passes.lower.to_half import ToHalf
 from onnxq.passes.manager import Pass
+from onnxq.targets import Target
 
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
 EMITTER_VERSION = 5
+
+
+def written(output_format: str, target: Target) -> list[Pass]:
+    """Those of `lower`, and what makes of the result the float type that a target computes in."""
+    return [*lower(output_format), *([ToHalf()] if target.floats == "float16" else [])]
 
 
 def lower(output_format: str) -> list[Pass]:

@@ -1,0 +1,53 @@
+"""Graphs whose free axes have fixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+from onnx import defs
+
+from onnxq.errors import UsageError
+from onnxq.graph.graph import Graph
+from onnxq.graph.names import with_bodies
+from onnxq.graph.save import apart, outline
+from onnxq.graph.versions import adopt
+
+
+def fix_axes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
+    """A graph of the same weights whose inputs have these sizes along the axes of these names, shapes inferred anew.
+
+    Axes of other names stay free. Raises UsageError for a name that no input's axis has, with those there are, and for
+    a size below 0.
+    """
+    graph.sort()
+    model, weights = outline(graph), apart(graph)
+    free = {d.dim_param for value in model.graph.input for d in value.type.tensor_type.shape.dim if d.dim_param}
+    for axis, size in sizes.items():
+        if axis not in free:
+            raise UsageError(f"no input has a free axis {axis!r}; name one of {', '.join(sorted(free))}"
+                             if free else f"no input has a free axis {axis!r}, nor any other; leave out its size")
+        if size < 0:
+            raise UsageError(f"axis {axis!r} can't have the size {size}; give 0 or more")
+    for part in with_bodies(model.graph):
+        for value in (*part.input, *part.output, *part.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param in sizes:
+                    dim.dim_value = sizes[dim.dim_param]
+        _forget(part, part is model.graph)
+    return adopt(graph, model, weights, outputs=True)
+
+
+def infer_again(graph: Graph) -> Graph:
+    """A graph of the same weights with shapes that follow from the constants that it has now."""
+    return fix_axes(graph, {})
+
+
+def _forget(part: onnx.GraphProto, main: bool) -> None:
+    """Drop shapes of computed tensors with a free axis, unless inference can't find them again: behind operators that
+    ONNX doesn't have."""
+    strange = {name for node in part.node if not defs.has(node.op_type, node.domain) for name in node.output}
+    for value in (*part.value_info, *(() if main else part.output)):
+        shape = value.type.tensor_type.shape
+        if value.name not in strange and not all(d.HasField("dim_value") for d in shape.dim):
+            value.type.tensor_type.ClearField("shape")
