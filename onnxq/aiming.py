@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, shape_of
+from onnxq.graph import Graph, lower_opset, shape_of
 from onnxq.passes.decompose import decompose
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.static_shapes import static_shapes
@@ -30,11 +30,14 @@ def target_for(name: str, output_format: str = "auto", runtime: str | None = Non
     return found
 
 
-def check_model(graph: Graph, target: Target) -> None:
-    """Refuse a model of an opset that the target's onnxruntime does not take. Raises UsageError."""
-    if target.opset is not None and graph.opset > target.opset:
+def lower(graph: Graph, target: Target) -> None:
+    """Bring a model to an opset that the target's onnxruntime takes. Raises UsageError where that takes more than a
+    number."""
+    why = lower_opset(graph, target.opset) if target.opset is not None else None
+    if why is not None:
         raise UsageError(f"the model is of opset {graph.opset}, and {target.name} with onnxruntime {target.since} "
-                         f"takes {target.opset} at most; export it at an older opset, or name a later --runtime")
+                         f"takes {target.opset} at most, but {why}; export it at an older opset, or name a "
+                         "later --runtime")
 
 
 def facts(target: Target) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def misfit(chosen: Scheme, target: Target) -> str | None:
         granularity = chosen.activations.granularity
         missing = ("MatMul", granularity) not in target.lowerings
         return f"its provider finds no scales at run time, per {granularity}" if missing else None
-    integer = any((op, "int") in target.lowerings for op in ("Conv", "MatMul"))
+    integer = any((op, kind) in target.lowerings for op in ("Conv", "MatMul") for kind in ("int", "float"))
     return None if integer else "its provider multiplies no integers"
 
 

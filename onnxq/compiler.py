@@ -13,7 +13,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from onnxq import notices, sizes, streaming, verification
-from onnxq.aiming import check_model, coarser, sized, spelled_out, target_for
+from onnxq.aiming import coarser, lower, sized, spelled_out, target_for
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import GraphError, OutputError
 from onnxq.explanation import codes
@@ -123,7 +123,6 @@ class _Compilation:
         request = self.request
         with self.stage("load"):
             graph = load(request.model)
-            check_model(graph, request.target)
             graph = sized(graph, request.target, request.shapes)
             how, ports = request.recipe.data, graph.ports()
             calib = open_data(request.calib, ports, how=how) if request.calib is not None else None
@@ -226,6 +225,7 @@ class _Compilation:
         else:
             self._passes(weighed, graph, removals)
         self._passes(spelled_out(self.request.target), graph)
+        lower(graph, self.request.target)
         if graph.half and self.request.target.floats == "float32":
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "

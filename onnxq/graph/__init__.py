@@ -28,11 +28,11 @@ from onnxq.graph.tensors import (
     widen_attribute,
 )
 from onnxq.graph.types import element_types
-from onnxq.graph.versions import limit_ir_version, raise_opset
+from onnxq.graph.versions import limit_ir_version, lower_opset, raise_opset
 
 __all__ = ["CONTRIB", "FLOAT32", "HALF", "SPARSE", "Graph", "Node", "PackedWeight", "Shared", "Slot", "Switch",
            "Tensor", "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types", "expose_codes",
            "file_bytes", "fix_axes", "halve", "identity", "infer_again", "inline", "is_constant", "is_sparse",
-           "limit_ir_version", "load", "make_sparse", "narrow", "pack_weight", "packed_weights",
-           "port_of", "raise_opset", "read_nodes", "repeat", "save", "shape_of", "slots", "stored_bytes", "switched", "type_number", "up_to", "weight_bytes", "widen",
-           "widen_attribute"]
+           "limit_ir_version", "load", "lower_opset", "make_sparse", "narrow", "pack_weight", "packed_weights",
+           "port_of", "raise_opset", "read_nodes", "repeat", "save", "shape_of", "slots", "stored_bytes", "switched",
+           "type_number", "up_to", "weight_bytes", "widen", "widen_attribute"]

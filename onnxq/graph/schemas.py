@@ -28,7 +28,7 @@ def slots(node: Node, opset: int, dtype: np.dtype[Any]) -> tuple[list[Slot], lis
     if node.domain not in STANDARD or not defs.has(node.op, opset, ""):
         return None
     schema = defs.get_schema(node.op, opset, "")
-    name = f"tensor({onnx.TensorProto.DataType.Name(type_number(dtype)).lower()})"
+    name = type_string(dtype)
     allowed = {c.type_param_str: name in c.allowed_type_strs for c in schema.type_constraints}
 
     def given(formal: Sequence[Any], actual: Sequence[Tensor]) -> list[Slot]:
@@ -36,3 +36,8 @@ def slots(node: Node, opset: int, dtype: np.dtype[Any]) -> tuple[list[Slot], lis
                 for p, _ in paired(formal, actual)]
 
     return given(schema.inputs, node.inputs), given(schema.outputs, node.outputs)
+
+
+def type_string(dtype: np.dtype[Any]) -> str:
+    """The type of a tensor as schemas write it: tensor(float)."""
+    return f"tensor({onnx.TensorProto.DataType.Name(type_number(dtype)).lower()})"

@@ -6,13 +6,15 @@ import onnx
 from onnx import defs, version_converter
 
 from onnxq.errors import GraphError
-from onnxq.graph.graph import Graph, Tensor
+from onnxq.graph.graph import Graph, Node, Tensor
 from onnxq.graph.load import NodeExtras, first_line, from_proto
 from onnxq.graph.names import with_bodies
 from onnxq.graph.save import apart, constants_of, outline
-from onnxq.graph.tensors import store
+from onnxq.graph.schemas import type_string
+from onnxq.graph.tensors import dtype_of, store
+from onnxq.graph.types import STANDARD, paired
 
-_STANDARD = ("", "ai.onnx")
+_RESHAPED = {"GroupNormalization": 21}  # operators whose inputs changed their shape with a version
 _MASK = "onnxq.unknown"  # the domain that operators have meanwhile which only the runtime knows
 
 
@@ -40,6 +42,40 @@ def raise_opset(graph: Graph, version: int) -> Graph:
     return adopt(graph, raised, weights)
 
 
+def lower_opset(graph: Graph, version: int) -> str | None:
+    """Call a graph one of opset `version`, 13 or later, as long as that means the same; else what stands in the way.
+
+    It does where each operator was there, with the attributes, inputs, outputs and types that its nodes have: from 13
+    on versions of operators added such to those before, but for GroupNormalization-21, whose scale has another shape.
+    """
+    if graph.opset <= version:
+        return None
+    for node, _ in graph.walk():
+        if node.domain in STANDARD and defs.has(node.op, graph.opset, "") and not _was(node, version):
+            return f"{node.op} {node.name!r} is not of opset {version}"
+    for part in graph.graphs():
+        part.ir.opset = version
+        for domain in part.ir.import_domains or ():
+            if domain.domain in STANDARD:
+                domain.version = version
+    return None
+
+
+def _was(node: Node, version: int) -> bool:
+    if not defs.has(node.op, version, "") or (node.op in _RESHAPED and version < _RESHAPED[node.op]):
+        return False
+    schema = defs.get_schema(node.op, version, "")
+    if not set(node.attrs) <= set(schema.attributes) or not (
+            len(node.inputs) <= schema.max_input and len(node.outputs) <= schema.max_output):
+        return False
+    for formal, given in ((schema.inputs, node.inputs), (schema.outputs, node.outputs)):
+        for parameter, tensor in paired(formal, given):
+            dtype = dtype_of(tensor)
+            if tensor.name and dtype is not None and type_string(dtype) not in parameter.types:
+                return False
+    return True
+
+
 def limit_ir_version(graph: Graph, most: int | None) -> None:
     """Save a graph as of this IR version at most, as far as the types of its weights go; None: as it came."""
     if most is not None:
@@ -50,7 +86,7 @@ def _mask(model: onnx.ModelProto) -> set[str]:
     """Move operators of the standard domain that onnx doesn't know to one that it leaves alone; names of the nodes."""
     names = set()
     for node in [n for g in with_bodies(model.graph) for n in g.node]:
-        if node.domain in _STANDARD and not defs.has(node.op_type, ""):
+        if node.domain in STANDARD and not defs.has(node.op_type, ""):
             node.domain = _MASK
             names.add(node.name)
     if names:

@@ -168,14 +168,15 @@ class Regions:
         return user.name in self.int_nodes and any(t is tensor for t in data_inputs(user))
 
     def int_result(self, node: Node) -> bool:
-        """Whether a node's result is stored as codes: always for Conv, for linears where only int8 nodes read it."""
+        """Whether a node's result is stored as codes: for Conv where the target has a kernel that makes such, for linears
+        where only int8 nodes read it, too."""
+        if (node.op, "int") not in self.target.lowerings:
+            return False
         if node.op not in LINEAR:
             return True
         link = self.chains[node.name]
         if self.graph.is_output(link.result) or link.bias_add is not None:
             return False  # the integer-output MatMul kernel has no bias
-        if node.op == "Gemm" and len(node.inputs) > 2 and ("Gemm", "int") not in self.target.lowerings:
-            return False
         users = self.graph.consumers(link.result)
         return bool(users) and all(self.reads_codes(u, link.result) for u in users)
 

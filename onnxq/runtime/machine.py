@@ -84,7 +84,7 @@ def session_options(target: Target, threads: int, must: bool = False) -> Session
 
     must: leave the provider in, so that a session says what is missing, unless no machine like this one has it.
     """
-    if not is_here(target) and not (must and target.provider != "wasm"):
+    if not is_here(target) and not (must and target.provider not in ("atc", "wasm")):
         return SessionOptions(CPU, threads)
     return SessionOptions(target.provider, threads, config=target.config, provider_options=target.provider_options)
 
@@ -111,6 +111,9 @@ def checking(target: Target, threads: int) -> Checking:
     if is_here(target):
         return Checking(options)
     plain = replace(options, optimize=False)
+    if target.provider == "atc":
+        return Checking(plain, False, False, "nothing was timed or read back, and accuracy is that of Q and DQ as they "
+                                             "are written, on the CPU; onnxq export --format ascend makes what ATC takes")
     if target.provider not in (CPU, "wasm"):
         missing = how_to_install(target.provider)
         # pairs of Q and DQ run as they are written; float16 with MatMulNBits does not without optimizations, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnxq.targets.ascend import ASCEND
 from onnxq.targets.base import Target
 from onnxq.targets.cann import CANN
 from onnxq.targets.cpu import CPU, CPU_WITHOUT_VNNI
@@ -14,7 +15,7 @@ from onnxq.targets.portable import PORTABLE
 from onnxq.targets.tensorrt import TENSORRT
 from onnxq.targets.web import WEB
 
-TARGETS = {t.name: t for t in (CPU, CPU_PORTABLE, CPU_ARM64, WEB, PORTABLE, CUDA, TENSORRT, CANN)}
+TARGETS = {t.name: t for t in (CPU, CPU_PORTABLE, CPU_ARM64, WEB, PORTABLE, CUDA, TENSORRT, CANN, ASCEND)}
 
 # what target cpu is on x86-64 without VNNI instructions, and on 64-bit ARM
 WITHOUT_VNNI = CPU_WITHOUT_VNNI
