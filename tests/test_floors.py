@@ -95,15 +95,9 @@ def test_rooms_import_only_what_stands_below() -> None:
 
 def test_every_room_is_known() -> None:
     """A new room has to be given its floor here."""
-<<<<<<< HEAD
     above = {"__init__", "aiming", "analysis", "bench", "compiler", "explanation", "generation", "inspection",
              "notices", "packing", "placement", "planning", "proof", "report", "request", "search", "settling",
              "streaming", "sweep", "verification", "verifier", *TOPS}
-=======
-    above = {"__init__", "analysis", "bench", "compiler", "explanation", "exporting", "generation", "inspection",
-             "notices", "packing", "planning", "report", "request", "search", "settling", "streaming", "sweep",
-             "verification", "verifier", *TOPS}
->>>>>>> ee7ed30 (onnxq export writes a model with a manifest, a sample and smoke tests into a folder: bundle, ORT format or web page; onnxq verify runs it)
     assert {room(p) for p in sources()} <= {*ROOMS, *above}
 
 

@@ -53,8 +53,8 @@ def verify_models(float_model: str, compiled: str | None, as_json: bool, quiet: 
 
         if any(value not in (None, False) for value in options.values()):
             raise click.UsageError("A BUNDLE brings its own sample; for other checks name FLOAT and COMPILED.")
-        if Path(float_model).is_file():
-            raise click.UsageError("Missing argument 'COMPILED'; a BUNDLE is a folder that onnxq export wrote.")
+        if not Path(float_model).is_dir():
+            raise click.UsageError(f"Missing argument 'COMPILED'; {float_model} is no folder that onnxq export wrote.")
         found = with_progress(verify_bundle, quiet, float_model)
         show_export(found, as_json, quiet, "as expected" if found["ok"] else "")
     from onnxq.verifier import verify

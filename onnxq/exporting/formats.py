@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +25,9 @@ WEB_OPSET, WEB_IR_VERSION = 26, 13
 WEB_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 WEB_BYTES = 2_000_000_000  # a page holds a model in one buffer, and those end at 2 GB
 ORT_BYTES = 2_000_000_000  # a flatbuffer ends at 2 GB, with its weights in it
+
+_TAKEN = frozenset({"index.html", "manifest.json", "model.onnx", "model.ort", "node_modules", "package.json", "sample",
+                    "smoke.cpp", "smoke.mjs", "smoke.py"})  # what a folder may hold besides weights
 
 
 @dataclass
@@ -91,7 +93,7 @@ def _copied(job: Job) -> Model:
     shutil.copyfile(job.model, job.folder / "model.onnx")
     for name in job.header.data_files:
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or os.path.lexists(job.folder / path):
+        if path.is_absolute() or ".." in path.parts or path.parts[0] in _TAKEN:
             raise ModelError(f"{job.model} names its external data {name!r}, which can't lie beside an exported model; "
                              "save it with its data under another name in its own folder")
         (job.folder / path).parent.mkdir(parents=True, exist_ok=True)

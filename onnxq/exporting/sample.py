@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.calibration.readers import open_data
-from onnxq.errors import DataError, ModelError
+from onnxq.errors import ModelError
 from onnxq.exporting.manifest import Stored
 from onnxq.graph import write_nudged
 from onnxq.ports import Port
@@ -32,9 +32,7 @@ _DIGITS = 3
 def take(data: Any, ports: list[Port], how: Preprocessing) -> tuple[dict[str, Array], str]:
     """(feed, what it is) of the first row of DATA, or of a made one where `data` is None. Raises DataError."""
     opened = open_data(RANDOM if data is None else data, ports, how=how)
-    feed = next((batch.feed for batch in opened.batches(1)), None)
-    if feed is None:
-        raise DataError(f"{opened.name} has no row for the sample; give --sample DATA with at least one")
+    feed = next(iter(opened.batches(1))).feed
     return feed, "made at random" if opened.random else f"first row of {opened.name}"
 
 

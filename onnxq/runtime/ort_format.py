@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def write_operators(models: Sequence[Path], destination: Path, *, types: bool) -
 
     That is a configuration for its build script's --include_ops_by_config.
     """
-    with _own_logging():
+    with _silent():
         from onnxruntime.tools.ort_format_model import create_config_from_models
 
         create_config_from_models(list(models), destination, types)
@@ -80,11 +81,15 @@ def _convert(model: Path, destination: Path, platform: str | None, extra: tuple[
 
 
 @contextlib.contextmanager
-def _own_logging() -> Iterator[None]:
-    """Keep handlers of the root logger as they are: onnxruntime's tools add one as they are imported."""
-    root = logging.getLogger()
+def _silent() -> Iterator[None]:
+    """Bear with onnxruntime's tools: they set up logging as they are imported, tell of files, and leave some open."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
     before = list(root.handlers)
+    logging.disable(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
     finally:
+        logging.disable(disabled)
         root.handlers[:] = before

@@ -172,11 +172,7 @@ class Session:
             # Status codes come back as onnxruntime's own classes; a provider that can't start throws through as these.
             if provider != CPU and isinstance(error, (RuntimeError, ValueError)):
                 raise RuntimeUnavailable(
-<<<<<<< HEAD
-                    f"{provider} did not start: {_first_line(error)}; to use it, {how_to_install(provider)}"
-=======
-                    f"{provider} did not start: {first_line(error)}; to use it, {_how_to_install(provider)}"
->>>>>>> ee7ed30 (onnxq export writes a model with a manifest, a sample and smoke tests into a folder: bundle, ORT format or web page; onnxq verify runs it)
+                    f"{provider} did not start: {first_line(error)}; to use it, {how_to_install(provider)}"
                 ) from error
             raise ModelError(
                 f"onnxruntime can't load {self.label}: {first_line(error)}; check the path, and the file with "

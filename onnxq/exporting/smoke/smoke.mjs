@@ -92,9 +92,10 @@ function halfAt(values, k) {
 /** The same in Node.js, on files in the folder of this program; true where all is well. */
 async function main(name) {
   const {readFile} = await import('node:fs/promises');
+  const {dirname, join} = await import('node:path');
   const {fileURLToPath} = await import('node:url');
   const module = await import(name);
-  const place = (file) => fileURLToPath(new URL(file, import.meta.url));
+  const place = (file) => join(dirname(fileURLToPath(import.meta.url)), file);
   const rows = await smoke(module.default ?? module, place, async (file) => {
     const bytes = await readFile(place(file));
     return bytes.buffer.slice(bytes.byteOffset, bytes.byteOffset + bytes.byteLength);
