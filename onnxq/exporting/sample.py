@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 FOLDER = "sample"
 RANDOM = "random"
 
-_NUDGES = 3
+_NUDGES = 4
 _FACTOR = 2.0  # on the largest of the differences seen, which are few
 # of an output's largest number: what float32 sums differ by, of another type some units in its last place
 _ROUNDINGS, _UNITS = 1e-5, 4
@@ -40,7 +40,7 @@ def tolerances(model: Path, feed: Mapping[str, Array], expected: Mapping[str, Ar
                options: SessionOptions) -> dict[str, float]:
     """By how much each output may differ where another machine runs the model rightly, at the most.
 
-    The model is run without optimizations, with constants nudged by 2^-20 (see onnxq.graph.nudged), and with float
+    The model is run without optimizations, with constants nudged by 2^-18 (see onnxq.graph.nudged), and with float
     activations beside weights in blocks. Twice the largest difference from `expected` is allowed, and of floats 1e-5 of
     the largest number besides (or 4 units in the last place of a type coarser than float32). Integers are allowed what
     they differed by. The folder of `model` has to be writable.

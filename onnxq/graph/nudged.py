@@ -16,7 +16,9 @@ from onnx import numpy_helper
 from onnxq.graph.names import with_bodies
 from onnxq.graph.parse import parse
 
-NUDGE = 2.0 ** -20  # relative: 8 units in the last place of float32, as sums of some hundreds of products differ by
+# relative: 32 units in the last place of float32, above what sums of thousands of products differ by, so that a few
+# nudges meet the codes that may change
+NUDGE = 2.0 ** -18
 
 # what sums or makes codes; elsewhere a constant may count something, which a nudge would change
 _SUMS = ("Conv", "GRU", "Gemm", "LSTM", "MatMul", "Normalization", "QuantizeLinear", "RNN")

@@ -77,12 +77,12 @@ def allowed(tmp_path: Path, model: onnx.ModelProto, feed: dict[str, Any]) -> dic
 
 
 def test_float_sums_are_allowed_their_roundings(tmp_path: Path) -> None:
-    """1e-5 of the largest number, and twice what nudges of 2^-20 bring: less than 2^-20 of the sum of magnitudes."""
+    """1e-5 of the largest number, and twice what nudges of 2^-18 bring: less than 2^-18 of the sum of magnitudes."""
     weight, x = random(64, 8), random(2, 64, seed=1)
     found = allowed(tmp_path, make_model([node("MatMul", "x w", "y")], {"x": [2, 64]}, {"y": [2, 8]}, {"w": weight}),
                     {"x": x})
     largest = float(np.abs(x @ weight).max())
-    most = 2 * 2.0 ** -20 * float((np.abs(x) @ np.abs(weight)).max()) + 1e-5 * largest
+    most = 2 * 2.0 ** -18 * float((np.abs(x) @ np.abs(weight)).max()) + 1e-5 * largest
     assert 1e-5 * largest < found["y"] < 1.02 * most
 
 
@@ -93,7 +93,7 @@ def test_a_code_near_the_middle_may_take_the_other_one(tmp_path: Path) -> None:
     model = make_model(nodes, {"x": [1, 1]}, {"y": [1, 64], "q": (onnx.TensorProto.UINT8, [1, 64])}, stored)
     found = allowed(tmp_path, model, {"x": np.ones((1, 1), F)})
     assert found["q"] == 1  # an integer is allowed what it differed by
-    assert found["y"] == 2.01  # twice a step and 1e-5 of 2, rounded up
+    assert 1.99 < found["y"] <= 2.01  # twice a step, and the scale is nudged, too
 
 
 def test_what_is_exact_has_to_be_equal(tmp_path: Path) -> None:

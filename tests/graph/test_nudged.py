@@ -33,7 +33,7 @@ def test_what_sums_read_is_nudged_and_nothing_else(model: Path, tmp_path: Path) 
     assert write_nudged(model, tmp_path / "other.onnx", 0)
     before, after = constants(model), constants(tmp_path / "other.onnx")
     change = after["w"].astype(np.float64) / before["w"] - 1
-    np.testing.assert_allclose(np.abs(change), NUDGE, rtol=0.13)  # rounding to float32 is 1/16 of a nudge at the most
+    np.testing.assert_allclose(np.abs(change), NUDGE, rtol=0.04)  # rounding to float32 is 1/32 of a nudge at the most
     assert {*np.sign(change).flat} == {-1.0, 1.0}
     for name in ("b", "sizes"):
         np.testing.assert_array_equal(after[name], before[name])
