@@ -25,6 +25,8 @@ PORT = Sequence[int | str | None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regen", action="store_true", help="write the golden texts anew instead of comparing with them")
+    parser.addoption("--edge", metavar="DIR", help="run exports in the runtimes that tests/edge/setup.sh put into DIR")
+    parser.addoption("--ort-include", metavar="DIR", help="onnxruntime's C++ headers, if not those in --edge's folder")
 
 
 # The same examples in each run: a change is judged by itself. `--hypothesis-profile explore` looks for new ones.

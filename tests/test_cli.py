@@ -24,8 +24,8 @@ from onnxq.runtime.timings import TimingCache, default_folder
 from onnxq.schemes import scheme, scheme_text
 
 MODEL = Path(__file__).parents[1] / "models" / "digits_cnn" / "model.onnx"
-COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "check", "pack", "unpack", "generate", "inspect",
-            "explain", "schemes", "targets", "cache")
+COMMANDS = ("compile", "analyze", "sweep", "verify", "bench", "check", "pack", "unpack", "export", "generate",
+            "inspect", "explain", "schemes", "targets", "cache")
 FUNCTIONS = {"compile": ("onnxq.compiler", "compile"), "analyze": ("onnxq.analysis", "analyze"),
              "sweep": ("onnxq.sweep", "sweep"), "verify": ("onnxq.verifier", "verify"),
              "bench": ("onnxq.bench", "bench"), "resolve": ("onnxq.request", "resolve")}

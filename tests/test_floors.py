@@ -48,7 +48,8 @@ TOPS = {"cli", "__main__"}  # nobody imports these
 
 
 def sources() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+    """The modules; a program that is copied into what is exported is none."""
+    return sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT / "exporting" / "smoke")
 
 
 def where(path: Path) -> str:

@@ -70,6 +70,7 @@ def cli() -> None:
       onnxq bench model.onnx model.w8a8.onnx --threads 2
       onnxq check model.w8a8.onnx --target cuda
       onnxq pack model.w8a8.onnx -o packed.onnx
+      onnxq export model.w8a8.onnx --sample eval.npz
       onnxq generate model.onnx --prompt 'Once upon a time'
       onnxq schemes
       onnxq targets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,13 +18,13 @@ from onnxq.cli.options import (
     target_option,
     threads_option,
 )
-from onnxq.cli.output import print_json, print_text, show, with_progress
+from onnxq.cli.output import print_json, print_text, show, show_export, with_progress
 from onnxq.report import terminal
 
 
-@click.command("verify", short_help="Compare a compiled model with its float original.")
-@click.argument("float_model", metavar="FLOAT")
-@click.argument("compiled", metavar="COMPILED")
+@click.command("verify", short_help="Compare a compiled model with its float original, or run an export.")
+@click.argument("float_model", metavar="FLOAT|BUNDLE")
+@click.argument("compiled", required=False, metavar="[COMPILED]")
 @click.option("--data", metavar="DATA", help=f"What to compare on: {DATA}.")
 @metric_option
 @max_drop_option
@@ -33,8 +34,11 @@ from onnxq.report import terminal
 @json_option
 @quiet_option
 @debug_option
-def verify_models(float_model: str, compiled: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Compare COMPILED, whoever made it, with the FLOAT model that it came from.
+def verify_models(float_model: str, compiled: str | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Compare COMPILED, whoever made it, with the FLOAT model that it came from; or run a BUNDLE.
+
+    A BUNDLE is a folder that onnxq export wrote. Its checksums are compared, and each of its models runs on the sample
+    in it, on the provider and with the session options that it names.
 
     \b
     Examples:
@@ -42,10 +46,20 @@ def verify_models(float_model: str, compiled: str, as_json: bool, quiet: bool, *
       onnxq verify model.onnx model.w8a8.onnx --data eval.npz --metric top1 --max-drop 0.5pt
       onnxq verify model.onnx model.w8a16.onnx --data eval.npz --target cuda
       onnxq verify model.onnx other.onnx --data random --min-sqnr 25 --layers
+      onnxq verify model.w8a8-bundle/
     """
+    if compiled is None:
+        from onnxq.exporting import verify_bundle
+
+        if any(value not in (None, False) for value in options.values()):
+            raise click.UsageError("A BUNDLE brings its own sample; for other checks name FLOAT and COMPILED.")
+        if not Path(float_model).is_dir():
+            raise click.UsageError(f"Missing argument 'COMPILED'; {float_model} is no folder that onnxq export wrote.")
+        found = with_progress(verify_bundle, quiet, float_model)
+        show_export(found, as_json, quiet, "as expected" if found["ok"] else "")
     from onnxq.verifier import verify
 
-    report = with_progress(verify, quiet, float_model, compiled, **options)
+    report = with_progress(verify, quiet, float_model, str(compiled), **options)
     show(report, as_json, quiet, "no check failed" if report.ok else "")
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from onnxq.errors import OutputError
-from onnxq.report import plot, terminal
+from onnxq.report import exported, plot, terminal
 from onnxq.report.report import Report
 
 T = TypeVar("T")
@@ -49,6 +49,22 @@ def show(report: Report, as_json: bool, quiet: bool, last: str, folder: Path | N
     elif last and not report.ok:
         say(f"{last} all the same")
     click.get_current_context().exit(0 if report.ok else 1)
+
+
+def show_export(found: dict[str, Any], as_json: bool, quiet: bool, last: str) -> None:
+    """Print what became of an exported folder; `last` is the last line. Exits with 1 when an output is wrong."""
+    for_people = not (as_json or quiet)
+    if as_json:
+        print_json(found)
+    elif for_people:
+        print_text(exported.text(found))
+    for notice in found["notices"] if not quiet else ():
+        say(f"Note: {notice}", "yellow")
+    for failure in found["failures"]:
+        say(f"Failed: {failure}", "red")
+    if for_people and last:
+        print_text(terminal.line(last, "green"))
+    click.get_current_context().exit(0 if found["ok"] else 1)
 
 
 def check_folder(folder: Path) -> None:

@@ -44,6 +44,22 @@ class NodeExtras:
     doc_string: str = ""
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a model file says of itself.
+
+    `opsets` are versions by domain, that of ai.onnx being ""; `operators` are (domain, operator) of every graph and
+    function in it, `functions` the domains of the latter; `data_files` lie beside the model and hold its weights.
+    """
+
+    ir_version: int
+    opsets: dict[str, int]
+    metadata: dict[str, str]
+    operators: frozenset[tuple[str, str]]
+    functions: frozenset[str]
+    data_files: tuple[str, ...]
+
+
 def load(path: str | Path) -> Graph:
     """Read and normalise a model.
 
@@ -96,19 +112,36 @@ def read_nodes(path: str | Path) -> list[tuple[str, str, str, tuple[str, ...], t
     return [(n.name, n.op_type, n.domain, tuple(n.input), tuple(n.output)) for n in model.graph.node]
 
 
+def read_header(path: str | Path) -> Header:
+    """What a model file says of itself; weights are not read. Raises ModelError for what is no model."""
+    path = Path(path)
+    model = _parse(path)
+    nodes = [n for g in with_bodies(model.graph) for n in g.node] + [n for f in model.functions for n in f.node]
+    return Header(model.ir_version, {"" if o.domain == "ai.onnx" else o.domain: o.version
+                                     for o in model.opset_import},
+                  {p.key: p.value for p in model.metadata_props},
+                  frozenset((n.domain, n.op_type) for n in nodes), frozenset(f.domain for f in model.functions),
+                  tuple(sorted(_data_files(model, path))))
+
+
 def stored_bytes(path: str | Path) -> int:
     """Size of a model file and the external data files that it names, in bytes.
 
     Raises ModelError when one of those is missing.
     """
     path = Path(path)
-    names = {e.value for g in with_bodies(parse(path).graph) for t in g.initializer for e in t.external_data
-             if e.key == "location"} - {path.resolve().name}  # large weights that are in the model itself
+    names = _data_files(parse(path), path)
     try:
         return int(path.stat().st_size) + sum((path.parent / n).stat().st_size for n in names)
     except FileNotFoundError as e:
         raise ModelError(f"the external data file {Path(e.filename).name!r} is missing; "
                          "put it beside the model again") from None
+
+
+def _data_files(model: onnx.ModelProto, path: Path) -> set[str]:
+    """The files of external data that a model names; its own is one where large weights were left in it."""
+    return {e.value for g in with_bodies(model.graph) for t in g.initializer for e in t.external_data
+            if e.key == "location"} - {path.resolve().name}
 
 
 def _parse(path: Path) -> onnx.ModelProto:

@@ -168,8 +168,8 @@ class Regions:
         return user.name in self.int_nodes and any(t is tensor for t in data_inputs(user))
 
     def int_result(self, node: Node) -> bool:
-        """Whether a node's result is stored as codes: for Conv where the target has a kernel that makes such, for linears
-        where only int8 nodes read it, too."""
+        """Whether a node's result is stored as codes: where the target has a kernel that makes such, and for linears
+        where only int8 nodes read it."""
         if (node.op, "int") not in self.target.lowerings:
             return False
         if node.op not in LINEAR:

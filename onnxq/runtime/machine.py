@@ -19,6 +19,7 @@ from onnxq.runtime.session import CPU, Session, SessionOptions, how_to_install
 from onnxq.targets import ON_ARM, TARGETS, WITHOUT_VNNI, Target, runtimes
 
 _X86 = frozenset({"AMD64", "i386", "i686", "x86", "x86_64"})
+_UNSEEN = "nothing was timed or read back, and {}"
 _VNNI = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 
 
@@ -112,14 +113,14 @@ def checking(target: Target, threads: int) -> Checking:
         return Checking(options)
     plain = replace(options, optimize=False)
     if target.provider == "atc":
-        return Checking(plain, False, False, "nothing was timed or read back, and accuracy is that of Q and DQ as they "
-                                             "are written, on the CPU; onnxq export --format ascend makes what ATC takes")
+        return Checking(plain, False, False, _UNSEEN.format("accuracy is that of Q and DQ as they are written, on the "
+                                                            "CPU; onnxq export --format ascend makes what ATC takes"))
     if target.provider not in (CPU, "wasm"):
-        missing = how_to_install(target.provider)
         # pairs of Q and DQ run as they are written; float16 with MatMulNBits does not without optimizations, where
         # onnxruntime 1.32 was seen to be 40 dB off
-        return Checking(plain if target.symmetric else options, False, False, f"{target.provider} is not here: nothing was timed or read back, and "
-                                             f"accuracy is that of the same operators on the CPU; to use it, {missing}")
+        said = _UNSEEN.format(f"accuracy is that of the same operators on the CPU; to use it, "
+                              f"{how_to_install(target.provider)}")
+        return Checking(plain if target.symmetric else options, False, False, f"{target.provider} is not here: {said}")
     where = f"this machine is not {target.name}: nothing was timed"
     if saturates() and not target.saturates:
         return Checking(plain, False, True, f"{where} or read back, and accuracy is that of its QDQ form, since int8 "

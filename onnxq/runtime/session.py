@@ -97,7 +97,7 @@ class Session:
         self.label = f"the model in memory ({len(model)} bytes)" if isinstance(model, bytes) else os.fspath(model)
         self._profiling = profile_prefix is not None
         _require_available(options.provider)
-        self._session = self._create(model, _ort_options(options, profile_prefix, optimized_path))
+        self._session = self._create(model, ort_options(options, profile_prefix, optimized_path))
         self.providers: list[str] = list(self._session.get_providers())
         if options.provider not in self.providers:
             raise RuntimeUnavailable(
@@ -172,10 +172,10 @@ class Session:
             # Status codes come back as onnxruntime's own classes; a provider that can't start throws through as these.
             if provider != CPU and isinstance(error, (RuntimeError, ValueError)):
                 raise RuntimeUnavailable(
-                    f"{provider} did not start: {_first_line(error)}; to use it, {how_to_install(provider)}"
+                    f"{provider} did not start: {first_line(error)}; to use it, {how_to_install(provider)}"
                 ) from error
             raise ModelError(
-                f"onnxruntime can't load {self.label}: {_first_line(error)}; check the path, and the file with "
+                f"onnxruntime can't load {self.label}: {first_line(error)}; check the path, and the file with "
                 "onnx.checker"
             ) from error
 
@@ -186,7 +186,7 @@ class Session:
             arrays: list[Any] = self._session.run(names, feed)
         except Exception as error:
             raise ModelError(
-                f"onnxruntime failed in a run of {self.label}: {_first_line(error)}; check that the sizes of the "
+                f"onnxruntime failed in a run of {self.label}: {first_line(error)}; check that the sizes of the "
                 "inputs agree with one another and with the model"
             ) from error
         return arrays
@@ -221,7 +221,8 @@ def how_to_install(provider: str) -> str:
     return _INSTALL.get(provider, f"check the name, or install an onnxruntime package built with {provider}")
 
 
-def _ort_options(options: SessionOptions, profile_prefix: str | None, optimized_path: str | None) -> Any:
+def ort_options(options: SessionOptions, profile_prefix: str | None = None, optimized_path: str | None = None) -> Any:
+    """The same as onnxruntime's own object, with its log turned off."""
     levels = onnxruntime.GraphOptimizationLevel
     ort = onnxruntime.SessionOptions()
     ort.log_severity_level = _LOG_FATAL
@@ -284,7 +285,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of onnxruntime's message, without its code, the place in its source and the full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0])

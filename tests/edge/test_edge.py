@@ -1,0 +1,120 @@
+"""Exports in the runtimes of their devices: onnxruntime-web in Chromium, onnxruntime-node, and C++."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from browser import Browser, served
+from exporting_support import compiled, rows
+
+from onnxq.exporting import export
+
+pytestmark = pytest.mark.edge
+
+# kernels of every kind: QLinearConv, MatMulIntegerToFloat, DynamicQuantizeMatMul, DynamicQuantizeLSTM, MatMulNBits
+MODELS = [("digits_cnn", "w8a8"), ("text_encoder", "w8a8"), ("text_encoder", "w8a8-dynamic"), ("recurrent", "w8a8"),
+          ("recurrent", "w8a8-dynamic"), ("decoder", "w8a8"), ("decoder", "w4a16")]
+EACH = pytest.mark.parametrize(("name", "scheme"), MODELS, ids=[f"{name}-{scheme}" for name, scheme in MODELS])
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+def bundle(models: Path, name: str, scheme: str) -> Path:
+    """A bundle of the ONNX model and its form in ORT format, written once."""
+    model = compiled(models, name, scheme)
+    folder = model.with_suffix("")
+    if not folder.exists():
+        assert export(model, folder, sample=rows(name), platform="amd64")["ok"]
+    return folder
+
+
+def spoil(folder: Path) -> str:
+    """Make the sample expect something else, by far; the line on it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    output = manifest["sample"]["outputs"][0]
+    path = folder / output["file"]
+    np.full_like(np.fromfile(path, output["dtype"]), 1e6).tofile(path)
+    return f"{manifest['models'][0]['file']} {output['name']}: error 1"
+
+
+@EACH
+def test_bundles_run_in_node(modules: Path, models: Path, tmp_path: Path, name: str, scheme: str) -> None:
+    folder = shutil.copytree(bundle(models, name, scheme), tmp_path / "moved")
+    (folder / "node_modules").symlink_to(modules)
+    done = subprocess.run(["node", "smoke.mjs"], cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    outputs = len(json.loads((folder / "manifest.json").read_text())["outputs"])
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["model.onnx"] * outputs + ["model.ort"] * outputs
+    assert all(line.endswith(": ok") for line in lines)
+
+
+@EACH
+def test_bundles_run_in_cpp(smoke: Path, models: Path, name: str, scheme: str) -> None:
+    folder = bundle(models, name, scheme)
+    done = subprocess.run([str(smoke), str(folder)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    outputs = len(json.loads((folder / "manifest.json").read_text())["outputs"])
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["model.onnx"] * outputs + ["model.ort"] * outputs
+    assert all(line.endswith(": ok") for line in lines)
+
+
+@EACH
+def test_pages_run_in_a_browser(browser: Browser, modules: Path, models: Path, tmp_path: Path, name: str,
+                                scheme: str) -> None:
+    found = export(compiled(models, name, scheme), tmp_path / "page", format="web", sample=rows(name))
+    (tmp_path / "page" / "node_modules").symlink_to(modules)
+    with served(tmp_path / "page") as address:
+        state, text = browser.result(f"{address}/index.html")
+    assert state == "passed", text
+    assert [line.split(":")[0] for line in text.splitlines()] == [f"model.onnx {row['output']}" for row in
+                                                                  found["models"]]
+
+
+def test_a_page_with_weights_in_a_file_of_their_own(browser: Browser, modules: Path, models: Path,
+                                                    tmp_path: Path) -> None:
+    model = onnx.load(compiled(models, "digits_cnn"))
+    onnx.save(model, tmp_path / "apart.onnx", save_as_external_data=True, location="set apart #1.weights",
+              size_threshold=0)
+    export(tmp_path / "apart.onnx", tmp_path / "page", format="web", sample=rows("digits_cnn"))
+    assert (tmp_path / "page" / "set apart #1.weights").stat().st_size > 100_000
+    (tmp_path / "page" / "node_modules").symlink_to(modules)
+    with served(tmp_path / "page") as address:
+        state, text = browser.result(f"{address}/index.html")
+    assert state == "passed", text
+
+
+def test_what_is_wrong_is_seen_by_every_program(modules: Path, browser: Browser, smoke: Path, models: Path,
+                                                tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle(models, "digits_cnn", "w8a8"), tmp_path / "spoilt")
+    (folder / "node_modules").symlink_to(modules)
+    wanted = spoil(folder)
+    for call in (["node", "smoke.mjs"], [str(smoke), str(folder)]):
+        done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        first = done.stdout.splitlines()[0]
+        assert first.startswith(wanted)
+        assert first.endswith(": WRONG")
+    shutil.copy(Path(__file__).parents[2] / "onnxq" / "exporting" / "smoke" / "index.html", folder)
+    with served(folder) as address:
+        state, text = browser.result(f"{address}/index.html")
+    assert (state, text.splitlines()[0].split(": ")[-1]) == ("failed", "WRONG")
+
+
+def test_cpp_says_what_it_can_not_read(smoke: Path, tmp_path: Path) -> None:
+    for text, wanted in ((None, "manifest.json can't be read"), ('{"models": [', "cut short"), ("{}", "lacks sample")):
+        if text is not None:
+            (tmp_path / "manifest.json").write_text(text)
+        done = subprocess.run([str(smoke), str(tmp_path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert wanted in done.stderr
