@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxq.passes.ascend.ascend_operators import AscendOperators
 from onnxq.passes.ascend.one_scale import OneScale
+from onnxq.passes.ascend.standard_operators import StandardOperators
 from onnxq.passes.manager import Pass
 
 
@@ -17,4 +18,9 @@ def for_amct() -> list[Pass]:
     return [OneScale()]
 
 
-__all__ = ["AscendOperators", "OneScale", "deploy", "for_amct"]
+def as_standard() -> list[Pass]:
+    """Passes that make of a deploy graph one that onnxruntime computes."""
+    return [StandardOperators()]
+
+
+__all__ = ["AscendOperators", "OneScale", "StandardOperators", "as_standard", "deploy", "for_amct"]

@@ -56,13 +56,13 @@ class AscendOperators(Pass):
             return "what it reads is not quantized at one stored scale"
         if not all(dtype_of(c.zero_point) == np.int8 and not graph.read(c.zero_point).any() for c in (x, w)):
             return "its codes are not int8 around 0"
+        if any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")) or node.attrs.get("transB", 0):
+            return "it scales its product, or reads its weights transposed"
         if not pattern.weight(w, 0 if node.op == "Conv" else -1) or not is_constant(w.q):
             return "its weights are not stored with a scale for each output"
         given = graph.optional_input(node, 2)
         if given is not None and pattern.bias(graph, given, x, w) is None:
             return "its bias is not int32 of the products' scale"
-        if any(node.attrs.get(name, 1.0) != 1.0 for name in ("alpha", "beta")) or node.attrs.get("transB", 0):
-            return "it scales its product, or reads its weights transposed"
         return None
 
     @staticmethod

@@ -1,0 +1,108 @@
+"""What ATC and AMCT take, made of a model for target ascend, and checked as far as goes without a chip.
+
+ATC compiles `deploy.onnx` into an .om file for one chip; `qat.onnx` is for amct_onnx.convert_qat_model, which makes a
+deploy graph of its own; `model.onnx` is the same model in pairs of Q and DQ, which onnxruntime runs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq.errors import ModelError
+from onnxq.graph import Graph, dtype_of, load, save, shape_of
+from onnxq.passes.ascend import as_standard, deploy, for_amct
+from onnxq.passes.ascend.ascend_operators import DEQUANT, QUANT
+from onnxq.passes.manager import Context, Pass, PassManager
+from onnxq.targets import TARGETS
+
+_LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
+_AS_WRITTEN = {"session.disable_quant_qdq": "1"}  # Q and DQ run as they are written, as ATC's operators do
+
+
+def write(model: Path, folder: Path, soc: str | None) -> dict[str, Any]:
+    """Write deploy.onnx, qat.onnx, their standard form and atc.sh into a folder; what was checked, for the manifest.
+
+    Raises ModelError for a model that ATC would refuse.
+    """
+    graph = load(model)
+    _check(graph, model)
+    skips = _rewritten(load(model), deploy(), folder / "deploy.onnx")
+    _rewritten(load(model), for_amct(), folder / "qat.onnx")
+    _rewritten(load(folder / "deploy.onnx"), as_standard(), folder / "standard.onnx")
+    found = _legal(load(folder / "deploy.onnx"))
+    (folder / "atc.sh").write_text(_script(graph, soc), encoding="utf-8")
+    return {"soc": soc, "int8_layers": found, "float_layers": skips, "session": _AS_WRITTEN}
+
+
+def _rewritten(graph: Graph, passes: list[Pass], path: Path) -> dict[str, str]:
+    """Layers that stay as they are, with the reason."""
+    context = Context()
+    PassManager(passes).run(graph, context)
+    save(graph, path)
+    return {skip.node: skip.reason for skip in context.skips}
+
+
+def _check(graph: Graph, model: Path) -> None:
+    target = TARGETS["ascend"]
+    remedy = "compile the float model with --target ascend"
+    assert target.operators is not None
+    assert target.opset is not None
+    foreign = sorted({f"{n.domain}.{n.op}" if n.domain else n.op for n, _ in graph.walk()} - set(target.operators))
+    if foreign:
+        raise ModelError(f"{model} holds {', '.join(foreign)}, which ATC does not take; {remedy}")
+    if graph.opset > target.opset:
+        raise ModelError(f"{model} is of opset {graph.opset}, and ATC reads up to {target.opset}; {remedy}")
+    free = sorted({str(d) for t in graph.inputs for d in shape_of(t) or () if not isinstance(d, int)})
+    if free:
+        raise ModelError(f"{model} has free axes {', '.join(free)}, with which ATC compiles no int8; {remedy} and "
+                         f"{' '.join(f'--shape {axis}=N' for axis in free)}")
+    if not any(n.op == "QuantizeLinear" for n in graph.nodes):
+        raise ModelError(f"{model} has no int8 layers; {remedy} and --calib DATA, or leave float models to --target "
+                         "cann")
+
+
+def _legal(graph: Graph) -> int:
+    """How many layers compute on int8, each between operators of the attributes and types that ATC's parser takes.
+
+    Raises ModelError for anything else: that is a bug.
+    """
+    count = 0
+    for node in graph.nodes:
+        if node.op == QUANT:
+            taken = {"scale": float, "offset": float, "round_mode": str, "sqrt_mode": int, "dst_type": str}
+            ok = all(isinstance(node.attrs.get(name), kind) for name, kind in taken.items()) and node.attrs["scale"] > 0
+        elif node.op == DEQUANT:
+            scales = np.asarray(graph.read(node.inputs[1]))
+            ok = scales.dtype == np.uint64 and scales.ndim == 1 and not (scales >> np.uint64(32)).any()
+        elif node.op in _LAYERS and dtype_of(node.inputs[1]) == np.int8:
+            count += 1
+            maker, bias = graph.producer(node.inputs[0]), graph.optional_input(node, 2)
+            ok = maker is not None and maker.op == QUANT and (bias is None or dtype_of(bias) == np.int32)
+        else:
+            ok = node.op not in ("QuantizeLinear", "DequantizeLinear")
+        if not ok:
+            raise ModelError(f"{node.op} {node.name!r} is not of the form that ATC takes; please report this")
+    return count
+
+
+def _script(graph: Graph, soc: str | None) -> str:
+    """The command line of ATC."""
+    shapes = ";".join(f"{t.name}:{','.join(str(d) for d in shape_of(t) or ())}" for t in graph.inputs)
+    image = any(len(shape_of(t) or ()) == 4 for t in graph.inputs)
+    if soc is not None and not re.fullmatch(r"\w+", soc):
+        raise ModelError(f"{soc!r} is no name of a chip; write for example --soc Ascend310P3, "
+                         "as npu-smi info tells it")
+    chosen = f"${{1:-{soc}}}" if soc is not None else "${1:?name the chip, as npu-smi info tells it: Ascend310P3}"
+    return f"""#!/bin/sh
+# Compiles deploy.onnx for an Ascend chip: sh atc.sh [CHIP]. Source set_env.sh of the CANN toolkit first.
+# Sizes are fixed, since ATC compiles no int8 with free ones; a mode of higher precision would undo it.
+set -eu
+cd "$(dirname "$0")"
+atc --framework=5 --model=deploy.onnx --output=model --soc_version="{chosen}" \\
+    --input_format={'NCHW' if image else 'ND'} --input_shape="{shapes}" \\
+    --precision_mode_v2=fp16 --op_select_implmode=high_performance --log=error
+"""
