@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from onnxq.cli.options import (
     DATA,
@@ -51,7 +52,8 @@ def verify_models(float_model: str, compiled: str | None, as_json: bool, quiet: 
     if compiled is None:
         from onnxq.exporting import verify_bundle
 
-        if any(value not in (None, False) for value in options.values()):
+        context = click.get_current_context()
+        if any(context.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in options):
             raise click.UsageError("A BUNDLE brings its own sample; for other checks name FLOAT and COMPILED.")
         if not Path(float_model).is_dir():
             raise click.UsageError(f"Missing argument 'COMPILED'; {float_model} is no folder that onnxq export wrote.")

@@ -37,13 +37,18 @@ def verify_bundle(folder: str | Path, *, progress: Progress | None = None) -> di
     return found
 
 
-def run_models(folder: Path, manifest: Manifest) -> tuple[list[dict[str, Any]], list[str]]:
-    """(a row for each output of each model, what is wrong); the sample is run on one model after the other."""
+def run_models(folder: Path, manifest: Manifest, provider: str | None = None) -> tuple[list[dict[str, Any]], list[str]]:
+    """(a row for each output of each model, what is wrong); the sample is run on one model after the other.
+
+    `provider` takes the place of the manifest's, with no options, where it is another one.
+    """
     feed = {t.name: fetch(folder, t) for t in manifest.sample_inputs}
     rows, failures = [], []
     for model in manifest.models:
-        session = Session(folder / model.file,
-                          SessionOptions(model.provider, manifest.threads, config=tuple(model.config.items())))
+        by = provider or model.provider
+        session = Session(folder / model.file, SessionOptions(
+            by, manifest.threads, config=tuple(model.config.items()),
+            provider_options=tuple(model.provider_options.items()) if by == model.provider else ()))
         for kind, wanted, ports in (("inputs", manifest.inputs, session.inputs),
                                     ("outputs", manifest.outputs, session.outputs)):
             found = tuple(map(described, ports))

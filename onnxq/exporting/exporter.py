@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from onnxq.errors import DataError, ModelError, OutputError, UsageError
 from onnxq.exporting import manifest as manifests
 from onnxq.exporting import sample as samples
 from onnxq.exporting.checking import run_models
-from onnxq.exporting.formats import FIXED, FORMATS, OPTIMIZATIONS, Job
+from onnxq.exporting.formats import FIXED, FORMATS, OPTIMIZATIONS, WASM, Job
 from onnxq.exporting.manifest import Manifest
 from onnxq.graph import Header, read_header, stored_bytes
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import plain
-from onnxq.runtime.machine import target_here
+from onnxq.runtime.machine import session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions
@@ -33,13 +33,14 @@ _KEPT = ("scheme", "size", "latency", "accuracy", "environment")  # what a manif
 
 def export(model: str | Path, output: str | Path | None = None, *, format: str = "bundle", sample: Any = None,
            report: str | Path | None = None, float_model: str | Path | None = None, eval: Any = None,
-           metric: str | None = None, platform: str | None = None, optimization: str = FIXED, target: str = "cpu",
-           threads: int = 0, config: Mapping[str, str] | None = None, force: bool = False,
+           metric: str | None = None, platform: str | None = None, optimization: str = FIXED,
+           target: str | None = None, threads: int = 0, config: Mapping[str, str] | None = None, force: bool = False,
            progress: Progress | None = None) -> dict[str, Any]:
     """Write `model` into the folder `output` (MODEL-FORMAT beside it by default) in one of FORMATS, and run it there.
 
-    The expected output is that of the model on `target`'s provider, with `threads` and the session entries of `config`,
-    on the first row of `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of
+    The models run on `target` (web for a page, else cpu), with `threads` and the session entries of `config`. The
+    expected output is that of the model there, or on the CPU where this machine is not the target, on the first row of
+    `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of
     its compilation (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform`
     arm or amd64 and `optimization` fixed or runtime are those of ORT format. Returns what was written and how far each
     exported model is from the expected output; `failures` is empty where all are within what is allowed. Raises
@@ -50,21 +51,21 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     bar = progress or Silent()
     bar.stage("load")
     header = read_header(source)
-    here = target_here(target)
-    if format in ("ort", "web") and here.provider != CPU:
-        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {target} runs on {here.provider}; "
-                         "leave --target out")
-    options = SessionOptions(here.provider, threads, config=tuple((config or {}).items()))
+    here = target_here(target or ("web" if format == "web" else "cpu"))
+    if format in ("ort", "web") and here.provider not in (CPU, WASM):
+        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {here.name} runs on "
+                         f"{here.provider}; leave --target out")
     _check_folder(folder, force)
-    measured = _measured(source, report, float_model, eval, metric, threads, target, bar)
+    measured = _measured(source, report, float_model, eval, metric, threads, here.name, bar)
     try:
         with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder.parent) as temporary:
-            job = Job(source, Path(temporary) / folder.name, header, options, platform, optimization)
+            job = Job(source, Path(temporary) / folder.name, header, here, dict(config or {}), platform, optimization)
             job.folder.mkdir()
             bar.stage("convert")
-            manifest = _written(job, format, sample, measured, Path(temporary), bar)
+            options = _options(job, threads)
+            manifest = _written(job, format, options, sample, measured, Path(temporary), bar)
             bar.stage("run")
-            rows, failures = run_models(job.folder, manifest)
+            rows, failures = run_models(job.folder, manifest, options.provider)
             _replace(job.folder, folder)
     except OSError as e:
         raise OutputError(f"{folder} can't be written ({e.strerror}); choose another -o or free some space") from None
@@ -81,12 +82,21 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     return found
 
 
-def _written(job: Job, format: str, sample: Any, measured: Mapping[str, Any] | None, temporary: Path,
-             bar: Progress) -> Manifest:
+def _options(job: Job, threads: int) -> SessionOptions:
+    """How the models run here: as on the device, or by the CPU's kernels where this machine lacks its provider."""
+    found = session_options(job.target, threads)
+    if job.target.provider not in (CPU, WASM, found.provider):
+        job.notices.append(f"{job.target.provider} is not here: what is expected is what the CPU makes of the same "
+                           "operators; run onnxq verify on the device")
+    return replace(found, config=(*found.config, *job.config.items()))
+
+
+def _written(job: Job, format: str, options: SessionOptions, sample: Any, measured: Mapping[str, Any] | None,
+             temporary: Path, bar: Progress) -> Manifest:
     """The files of the folder, manifest.json the last one."""
     models = FORMATS[format](job)
     bar.stage("sample")
-    session = Session(job.model, job.options)
+    session = Session(job.model, options)
     inputs, outputs = (tuple(map(manifests.described, ports)) for ports in (session.inputs, session.outputs))
     feed, told = samples.take(sample, session.inputs, _preprocessing(job.header))
     try:
@@ -96,10 +106,10 @@ def _written(job: Job, format: str, sample: Any, measured: Mapping[str, Any] | N
             raise
         raise DataError(f"the model does not run on made input ({e}); give --sample DATA") from None
     del session
-    allowed = samples.tolerances(_beside(job, temporary), feed, expected, job.options)
+    allowed = samples.tolerances(_beside(job, temporary), feed, expected, options, job.target.floats)
     recipe = job.header.metadata.get("onnxq.recipe")
     found = Manifest(
-        job.model.stem, format, tuple(models), job.options.threads, inputs, outputs, told,
+        job.model.stem, format, job.target.name, tuple(models), options.threads, inputs, outputs, told,
         samples.store(job.folder, feed, "input"), samples.store(job.folder, expected, "output", allowed),
         asdict(_preprocessing(job.header)) if recipe is not None else None,
         json.loads(recipe) if recipe is not None else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
@@ -14,8 +14,10 @@ from onnxq.errors import ModelError
 from onnxq.exporting.manifest import Model
 from onnxq.graph import Header, packed_weights, stored_bytes
 from onnxq.runtime import ort_format
-from onnxq.runtime.session import SessionOptions
+from onnxq.runtime.session import CPU
+from onnxq.targets import Target
 
+WASM = "wasm"  # the provider of onnxruntime-web
 FIXED, RUNTIME = "fixed", "runtime"
 OPTIMIZATIONS = (FIXED, RUNTIME)
 
@@ -32,15 +34,27 @@ _TAKEN = frozenset({"index.html", "manifest.json", "model.onnx", "model.ort", "n
 
 @dataclass
 class Job:
-    """One export: from `model` into `folder`, which is empty; what `notices` gets is told to the user."""
+    """One export: from `model` into `folder`, which is empty; what `notices` gets is told to the user.
+
+    `config` are entries for a session on the device, besides those that `target` states.
+    """
 
     model: Path
     folder: Path
     header: Header
-    options: SessionOptions
+    target: Target
+    config: Mapping[str, str] = field(default_factory=dict)
     platform: str | None = None
     optimization: str = FIXED
     notices: list[str] = field(default_factory=list)
+
+
+    def model_in(self, file: str, format: str, data: tuple[str, ...] = (), **details: str) -> Model:
+        """A model that was written, with how a session on the device runs it."""
+        target = self.target
+        provider = CPU if target.provider == WASM else target.provider  # which is a build of the same kernels
+        return Model(file, format, provider, {**dict(target.config), **self.config}, dict(target.provider_options),
+                     data, details)
 
 
 Format = Callable[[Job], list[Model]]
@@ -101,7 +115,7 @@ def _copied(job: Job) -> Model:
             shutil.copyfile(job.model.parent / path, job.folder / path)
         except FileNotFoundError:
             raise ModelError(f"the external data file {name!r} is missing; put it beside the model again") from None
-    return Model("model.onnx", "onnx", job.options.provider, dict(job.options.config), tuple(job.header.data_files))
+    return job.model_in("model.onnx", "onnx", job.header.data_files)
 
 
 def _converted(job: Job) -> Model:
@@ -119,9 +133,8 @@ def _converted(job: Job) -> Model:
     if packed:
         job.notices.append(f"ORT format stores weights dense: {sizes.text(stored)} with "
                            f"{len(packed)} packed of them become {sizes.text(path.stat().st_size)}")
-    config = dict([*job.options.config, *([ort_format.REPLAY] if at_run_time else [])])
-    return Model(path.name, "ort", job.options.provider, config, (),
-                 {"platform": job.platform or "any", "optimization": job.optimization})
+    found = job.model_in(path.name, "ort", platform=job.platform or "any", optimization=job.optimization)
+    return replace(found, config={**found.config, **dict([ort_format.REPLAY])}) if at_run_time else found
 
 
 def _programs(folder: Path, *names: str) -> None:

@@ -47,15 +47,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Model:
-    """A file to run: `data` holds its external weights; `config` are onnxruntime's session configuration entries.
-
-    `details` says how it was made, in the words of its format.
+    """A file to run: `data` holds its external weights; `config` are onnxruntime's session configuration entries, and
+    `provider_options` those of the provider. `details` says how it was made, in the words of its format.
     """
 
     file: str
     format: str
     provider: str
     config: Mapping[str, str] = field(default_factory=dict)
+    provider_options: Mapping[str, str] = field(default_factory=dict)
     data: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -64,12 +64,14 @@ class Model:
 class Manifest:
     """All of manifest.json.
 
-    `threads` 0 is the runtime's own choice. `measured` is what a verification said of accuracy and speed, None where
-    nothing was measured; `recipe` and `plan` are what onnxq left in the model. `files` are the SHA-256 of every file.
+    `target` is what the models are for, `threads` 0 the runtime's own choice. `measured` is what a verification said of
+    accuracy and speed, None where nothing was measured; `recipe` and `plan` are what onnxq left in the model. `files`
+    are the SHA-256 of every file.
     """
 
     name: str
     kind: str
+    target: str
     models: tuple[Model, ...]
     threads: int
     inputs: tuple[Described, ...]

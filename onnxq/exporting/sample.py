@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from onnxq.calibration.readers import open_data
 from onnxq.errors import ModelError
 from onnxq.exporting.manifest import Stored
-from onnxq.graph import write_nudged
+from onnxq.graph import NUDGE, write_nudged
 from onnxq.ports import Port
 from onnxq.recipe import Preprocessing
 from onnxq.runtime.session import Session, SessionOptions
@@ -36,17 +37,19 @@ def take(data: Any, ports: list[Port], how: Preprocessing) -> tuple[dict[str, Ar
     return feed, "made at random" if opened.random else f"first row of {opened.name}"
 
 
-def tolerances(model: Path, feed: Mapping[str, Array], expected: Mapping[str, Array],
-               options: SessionOptions) -> dict[str, float]:
+def tolerances(model: Path, feed: Mapping[str, Array], expected: Mapping[str, Array], options: SessionOptions,
+               floats: str = "float32") -> dict[str, float]:
     """By how much each output may differ where another machine runs the model rightly, at the most.
 
     The model is run without optimizations, with constants nudged by 2^-18 (see onnxq.graph.nudged), and with float
     activations beside weights in blocks. Twice the largest difference from `expected` is allowed, and of floats 1e-5 of
     the largest number besides (or 4 units in the last place of a type coarser than float32). Integers are allowed what
-    they differed by. The folder of `model` has to be writable.
+    they differed by. Where the device computes in `floats` float16, nudges are of 2^-10, a unit in its last place. The
+    folder of `model` has to be writable.
     """
     spread = dict.fromkeys(expected, 0.0)
-    for found in _variants(model, feed, options):
+    unit = float(np.finfo(floats).eps)
+    for found in _variants(model, feed, options, max(NUDGE, unit)):
         for name, wanted in expected.items():
             apart = difference(found[name], wanted)
             if math.isfinite(apart):
@@ -57,20 +60,21 @@ def tolerances(model: Path, feed: Mapping[str, Array], expected: Mapping[str, Ar
             allowed[name] = spread[name]
             continue
         finite = np.abs(wanted[np.isfinite(wanted)].astype(np.float64))
-        relative = max(_ROUNDINGS, _UNITS * float(np.finfo(wanted.dtype).eps))
+        relative = max(_ROUNDINGS, _UNITS * unit, _UNITS * float(np.finfo(wanted.dtype).eps))
         allowed[name] = _rounded(_FACTOR * spread[name] + relative * float(finite.max(initial=0)))
     return allowed
 
 
-def _variants(model: Path, feed: Mapping[str, Array], options: SessionOptions) -> Iterator[dict[str, Array]]:
+def _variants(model: Path, feed: Mapping[str, Array], options: SessionOptions,
+              nudge: float) -> Iterator[dict[str, Array]]:
     """Outputs of models as right as this one; those that don't run say nothing."""
-    plain = SessionOptions(options.provider, options.threads, optimize=False, config=options.config)
+    plain = replace(options, optimize=False)
     variant = model.with_name(f".variant{model.suffix}")
     for seed in ("plain", None, *range(_NUDGES)):
         try:
             if seed == "plain":
                 yield Session(model, plain).run(feed)
-            elif write_nudged(model, variant, seed if isinstance(seed, int) else None):
+            elif write_nudged(model, variant, seed if isinstance(seed, int) else None, nudge):
                 yield Session(variant, options).run(feed)
         except ModelError:
             continue

@@ -5,7 +5,7 @@ from onnxq.graph.graph import CONTRIB, Graph, Node, Tensor
 from onnxq.graph.identity import identity
 from onnxq.graph.inline import inline
 from onnxq.graph.load import Header, load, read_header, read_nodes, stored_bytes
-from onnxq.graph.nudged import write_nudged
+from onnxq.graph.nudged import NUDGE, write_nudged
 from onnxq.graph.packed import SPARSE, PackedWeight, packed_weights
 from onnxq.graph.packing import decoder_bytes, pack_weight
 from onnxq.graph.save import constants, file_bytes, save
@@ -31,8 +31,8 @@ from onnxq.graph.tensors import (
 from onnxq.graph.types import element_types
 from onnxq.graph.versions import limit_ir_version, lower_opset, raise_opset
 
-__all__ = ["CONTRIB", "FLOAT32", "HALF", "SPARSE", "Graph", "Header", "Node", "PackedWeight", "Shared", "Slot",
-           "Switch", "Tensor", "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types",
+__all__ = ["CONTRIB", "FLOAT32", "HALF", "NUDGE", "SPARSE", "Graph", "Header", "Node", "PackedWeight", "Shared",
+           "Slot", "Switch", "Tensor", "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types",
            "expose_codes", "file_bytes", "fix_axes", "halve", "identity", "infer_again", "inline", "is_constant",
            "is_sparse", "limit_ir_version", "load", "lower_opset", "make_sparse", "narrow", "pack_weight",
            "packed_weights", "port_of", "raise_opset", "read_header", "read_nodes", "repeat", "save", "shape_of",

@@ -26,24 +26,24 @@ _FLOAT_ACTIVATIONS = 1  # accuracy_level of MatMulNBits: activations stay float3
 _LARGEST = 1e30  # larger ones stand for infinity in masks
 
 
-def write_nudged(path: Path, destination: Path, seed: int | None) -> bool:
+def write_nudged(path: Path, destination: Path, seed: int | None, by: float = NUDGE) -> bool:
     """Write the model with its small float32 constants nudged at random, by `seed`; whether any was.
 
     Those count that operators read which sum, or make codes: biases, scales, and weights below 1 MiB. Each is
-    multiplied by 1 + NUDGE or 1 - NUDGE. For `seed` None instead, weights in blocks are multiplied by float activations
+    multiplied by 1 + `by` or 1 - `by`. For `seed` None instead, weights in blocks are multiplied by float activations
     where a processor may make int8 of them. `destination` has to lie in the folder of the model: larger weights are
     read from there. Raises what onnxq.graph.parse does.
     """
     model = parse(path)
     changed = False
     for graph in with_bodies(model.graph):
-        changed = (_float_activations(graph) if seed is None else _nudge(graph, seed)) or changed
+        changed = (_float_activations(graph) if seed is None else _nudge(graph, seed, by)) or changed
     if changed:
         destination.write_bytes(model.SerializeToString())
     return changed
 
 
-def _nudge(graph: onnx.GraphProto, seed: int) -> bool:
+def _nudge(graph: onnx.GraphProto, seed: int, by: float) -> bool:
     read = {name for node in graph.node if any(op in node.op_type for op in _SUMS) for name in node.input}
     rng, changed = np.random.default_rng(seed), False
     for tensor in graph.initializer:
@@ -53,7 +53,7 @@ def _nudge(graph: onnx.GraphProto, seed: int) -> bool:
         values = numpy_helper.to_array(tensor)
         if not values.size or not np.all(np.abs(values) < _LARGEST):
             continue
-        nudged = values * (1 + NUDGE * rng.choice([-1.0, 1.0], values.shape))
+        nudged = values * (1 + by * rng.choice([-1.0, 1.0], values.shape))
         tensor.CopyFrom(numpy_helper.from_array(nudged.astype(np.float32), tensor.name))
         changed = True
     return changed

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from onnxq.report import wording
+from rich.console import Console
+
+from onnxq.report import drawing, wording
 
 TITLES = ("model", "output", "error", "allowed", "")
 MOST_ROWS = 8
@@ -15,10 +17,15 @@ Found = Mapping[str, Any]
 
 def text(found: Found) -> str:
     """The result of onnxq.exporting.export or verify_bundle: a table between its title and its notes."""
-    cells = [TITLES, *rows(found)] if found["models"] else []
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    table = ("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
-    return "\n".join([title(found), *table, *notes(found)])
+
+    def draw(console: Console) -> None:
+        drawing.line(console, title(found), "bold")
+        if found["models"]:
+            console.print(drawing.table(TITLES, rows(found)))
+        for note in notes(found):
+            drawing.line(console, note, "dim")
+
+    return drawing.text(draw)
 
 
 def title(found: Found) -> str:

@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from browser import Browser, served
+from exporting_support import MODELS as MODELS_FOLDER
 from exporting_support import compiled, rows
 
+import onnxq
 from onnxq.exporting import export
 
 pytestmark = pytest.mark.edge
@@ -79,6 +81,17 @@ def test_pages_run_in_a_browser(browser: Browser, modules: Path, models: Path, t
     assert state == "passed", text
     assert [line.split(":")[0] for line in text.splitlines()] == [f"model.onnx {row['output']}" for row in
                                                                   found["models"]]
+
+
+def test_a_model_compiled_for_the_web(browser: Browser, modules: Path, tmp_path: Path) -> None:
+    model = tmp_path / "web.onnx"
+    onnxq.compile(MODELS_FOLDER / "text_encoder" / "model.onnx", model, target="web",
+                  calib=str(MODELS_FOLDER / "text_encoder" / "calib.npz"), samples=16)
+    export(model, tmp_path / "page", format="web", sample=rows("text_encoder"))
+    (tmp_path / "page" / "node_modules").symlink_to(modules)
+    with served(tmp_path / "page") as address:
+        state, text = browser.result(f"{address}/index.html")
+    assert state == "passed", text
 
 
 def test_a_page_with_weights_in_a_file_of_their_own(browser: Browser, modules: Path, models: Path,

@@ -15,7 +15,7 @@ import pytest
 from conftest import make_model, node, random
 from exporting_support import MODELS, compiled, rows
 
-from onnxq.errors import DataError, ModelError, OutputError, UsageError
+from onnxq.errors import DataError, ModelError, OutputError, RuntimeUnavailable, UsageError
 from onnxq.exporting import FORMATS, export, exporter, formats, verify_bundle
 from onnxq.packing import pack
 
@@ -55,7 +55,8 @@ def test_a_bundle_and_its_manifest(written: Path, model: Path) -> None:
     found = manifest(written)
     assert (found["name"], found["kind"], found["threads"], found["measured"]) == ("digits_cnn.w8a8", "bundle", 1, None)
     assert found["models"] == [{"file": "model.onnx", "format": "onnx", "provider": "CPUExecutionProvider",
-                                "config": {}, "data": [], "details": {}}]
+                                "config": {}, "provider_options": {}, "data": [], "details": {}}]
+    assert found["target"] == "cpu"
     assert found["inputs"] == [{"name": "image", "dtype": "float32", "shape": ["batch", 1, 16, 16]}]
     assert found["outputs"] == [{"name": "logits", "dtype": "float32", "shape": ["batch", 10]}]
     assert found["recipe"]["scheme"]["name"] == "w8a8"
@@ -225,6 +226,8 @@ def test_a_page(model: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "page" / "package.json").read_text())["dependencies"] == {"onnxruntime-web": "1.30.0"}
     text = (tmp_path / "page" / "index.html").read_text() + (tmp_path / "page" / "smoke.mjs").read_text()
     assert "://" not in text, "nothing is loaded from elsewhere"
+    told = manifest(tmp_path / "page")
+    assert (told["target"], told["models"][0]["provider"]) == ("web", "CPUExecutionProvider")
     assert verify_bundle(tmp_path / "page")["ok"]
 
 
@@ -301,6 +304,29 @@ def test_session_options_are_those_of_the_device(model: Path, tmp_path: Path) ->
     assert found["models"][0]["config"] == {"session.set_denormal_as_zero": "1"}
     assert verify_bundle(tmp_path / "bundle")["ok"]
     assert python(tmp_path / "bundle").returncode == 0
+
+
+def test_a_target_that_is_not_here(tmp_path: Path) -> None:
+    """Sums in float16 are 2^13 times as coarse; what is expected was computed in float32 here."""
+    path = tmp_path / "m.onnx"
+    onnx.save(make_model([node("MatMul", "x w", "y")], {"x": [1, 8]}, {"y": [1, 4]}, {"w": random(8, 4)}), path)
+    found = export(path, tmp_path / "cann", target="cann", config={"session.x": "1"})
+    assert found["ok"]
+    assert any(n.startswith("CANNExecutionProvider is not here: what is expected is what the CPU makes") for n in
+               found["notices"])
+    told = manifest(tmp_path / "cann")
+    (entry,) = told["models"]
+    assert (told["target"], entry["provider"]) == ("cann", "CANNExecutionProvider")
+    assert (entry["config"], entry["provider_options"]["precision_mode"]) == ({"session.x": "1"}, "force_fp16")
+    output = told["sample"]["outputs"][0]
+    largest = float(np.abs(np.fromfile(tmp_path / "cann" / output["file"], "<f4")).max())
+    assert output["tolerance"] > 4 * 2.0 ** -10 * largest
+    with pytest.raises(RuntimeUnavailable, match="has no CANNExecutionProvider"):
+        verify_bundle(tmp_path / "cann")
+    done = python(tmp_path / "cann")
+    assert (done.returncode, done.stderr) == (1, "this onnxruntime has no CANNExecutionProvider\n")
+    with pytest.raises(UsageError, match="--format ort is for onnxruntime's CPU kernels, and cann runs on CANN"):
+        export(path, tmp_path / "ort", format="ort", target="cann")
 
 
 def test_a_folder_is_replaced_only_where_it_is_an_export(model: Path, bundle: Path, tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from onnxq.exporting.manifest import Described, Manifest, Model, Stored
 from onnxq.ports import Port
 
 WRITTEN = Manifest(
-    "model", "bundle", (Model("model.onnx", "onnx", "CPUExecutionProvider", {"session.x": "1"}, ("weights.bin",),
-                              {"made": "so"}),), 2, (Described("x", "float32", ("batch", 3, None)),),
+    "model", "bundle", "cpu", (Model("model.onnx", "onnx", "CPUExecutionProvider", {"session.x": "1"}, {"y": "2"},
+                                     ("weights.bin",), {"made": "so"}),),
+    2, (Described("x", "float32", ("batch", 3, None)),),
     (Described("y", "int64", ()),), "first row of eval.npz", (Stored("x", "float32", (1, 3, 2), "sample/input0.bin"),),
     (Stored("y", "int64", (), "sample/output0.bin", 0.5),), {"scale": 1.0}, {"scheme": "w8a8"}, "abc",
     {"accuracy": None}, {"onnxq": "1"})

@@ -15,6 +15,7 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -203,14 +204,41 @@ double difference(const Ort::Value& found, const Json& wanted, const std::vector
 
 // ---------------------------------------------------------------- the test
 
+// Add a provider with its options, by the functions that the runtime has for it.
+template <typename Options>
+void append(Ort::SessionOptions& session, const std::vector<const char*>& keys, const std::vector<const char*>& values,
+            OrtStatus*(ORT_API_CALL* create)(Options**), OrtStatus*(ORT_API_CALL* update)(Options*, const char* const*,
+            const char* const*, std::size_t), OrtStatus*(ORT_API_CALL* add)(OrtSessionOptions*, const Options*),
+            void(ORT_API_CALL* release)(Options*)) {
+  Options* made = nullptr;
+  Ort::ThrowOnError(create(&made));
+  const std::unique_ptr<Options, void(ORT_API_CALL*)(Options*)> held(made, release);
+  Ort::ThrowOnError(update(made, keys.data(), values.data(), keys.size()));
+  Ort::ThrowOnError(add(session, made));
+}
+
 Ort::SessionOptions options(const Json& model, int threads) {
   Ort::SessionOptions found;
   if (threads > 0) found.SetIntraOpNumThreads(threads);
   for (const auto& entry : model["config"].members) found.AddConfigEntry(entry.first.c_str(), entry.second.text.c_str());
-  std::string provider = model["provider"].text;
-  if (provider != "CPUExecutionProvider") {
-    provider = provider.substr(0, provider.rfind("ExecutionProvider"));
-    found.AppendExecutionProvider(provider);
+  const std::string provider = model["provider"].text;
+  std::vector<const char*> keys, values;
+  for (const auto& entry : model["provider_options"].members) {
+    keys.push_back(entry.first.c_str());
+    values.push_back(entry.second.text.c_str());
+  }
+  const OrtApi& api = Ort::GetApi();
+  if (provider == "CUDAExecutionProvider") {
+    append(found, keys, values, api.CreateCUDAProviderOptions, api.UpdateCUDAProviderOptions,
+           api.SessionOptionsAppendExecutionProvider_CUDA_V2, api.ReleaseCUDAProviderOptions);
+  } else if (provider == "TensorrtExecutionProvider") {
+    append(found, keys, values, api.CreateTensorRTProviderOptions, api.UpdateTensorRTProviderOptions,
+           api.SessionOptionsAppendExecutionProvider_TensorRT_V2, api.ReleaseTensorRTProviderOptions);
+  } else if (provider == "CANNExecutionProvider") {
+    append(found, keys, values, api.CreateCANNProviderOptions, api.UpdateCANNProviderOptions,
+           api.SessionOptionsAppendExecutionProvider_CANN, api.ReleaseCANNProviderOptions);
+  } else if (provider != "CPUExecutionProvider") {
+    throw std::runtime_error("this program knows no " + provider + "; add it to options() in smoke.cpp");
   }
   return found;
 }

@@ -49,7 +49,8 @@ def session(model: dict[str, Any], threads: int) -> onnxruntime.InferenceSession
     provider = model["provider"]
     if provider not in onnxruntime.get_available_providers():
         sys.exit(f"this onnxruntime has no {provider}")
-    return onnxruntime.InferenceSession(str(FOLDER / model["file"]), options, providers=[provider])
+    wanted = [(provider, model["provider_options"])]
+    return onnxruntime.InferenceSession(str(FOLDER / model["file"]), options, providers=wanted)
 
 
 def main() -> bool:
