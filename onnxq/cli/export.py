@@ -19,7 +19,7 @@ from onnxq.cli.output import FATE, show_export, with_progress
 from onnxq.targets import TARGETS
 
 # written out, so that --help need not import what exports
-FORMATS = ("bundle", "ort", "web")
+FORMATS = ("bundle", "ort", "web", "ascend")
 PLATFORMS = ("arm", "amd64")
 OPTIMIZATIONS = ("fixed", "runtime")
 
@@ -43,7 +43,9 @@ def _entries(context: click.Context, parameter: click.Parameter, values: tuple[s
 @click.option("--format", type=click.Choice(FORMATS), default="bundle", show_default=True,
               help="bundle: the model with a manifest and smoke tests in Python, C++ and JavaScript; ort: the same in "
                    "onnxruntime's own format, with the operators that a minimal build needs; web: a page for "
-                   "onnxruntime-web.")
+                   "onnxruntime-web; ascend: what ATC and AMCT take of a model for target ascend, with ATC's command "
+                   "line.")
+@click.option("--soc", metavar="CHIP", help="With ascend: the chip, as npu-smi info tells it, such as Ascend310P3.")
 @click.option("--sample", metavar="DATA", help=f"What the sample's first row is of: {DATA}.  [default: made at random]")
 @click.option("--report", metavar="REPORT", help="The report.json of the compilation, or its folder: its accuracy and "
                                                  "speed go into the manifest.")
@@ -73,6 +75,7 @@ def export_model(model: str, threads: int | None, as_json: bool, quiet: bool, **
       onnxq export model.w8a8.onnx --sample eval.npz --float model.onnx --eval eval.npz --metric top1
       onnxq export model.w8a8.onnx --format ort --platform arm --sample eval.npz
       onnxq export model.w8a8.onnx --format web --sample eval.npz -o page
+      onnxq export model.w8a8.onnx --format ascend --soc Ascend310P3 --sample eval.npz
     """
     from onnxq.exporting import export
 

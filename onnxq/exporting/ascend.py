@@ -20,7 +20,7 @@ from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.targets import TARGETS
 
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-_AS_WRITTEN = {"session.disable_quant_qdq": "1"}  # Q and DQ run as they are written, as ATC's operators do
+STANDARD = "standard.onnx"  # what the device computes, in operators of ONNX
 
 
 def write(model: Path, folder: Path, soc: str | None) -> dict[str, Any]:
@@ -32,10 +32,11 @@ def write(model: Path, folder: Path, soc: str | None) -> dict[str, Any]:
     _check(graph, model)
     skips = _rewritten(load(model), deploy(), folder / "deploy.onnx")
     _rewritten(load(model), for_amct(), folder / "qat.onnx")
-    _rewritten(load(folder / "deploy.onnx"), as_standard(), folder / "standard.onnx")
+    _rewritten(load(folder / "deploy.onnx"), as_standard(), folder / STANDARD)
     found = _legal(load(folder / "deploy.onnx"))
     (folder / "atc.sh").write_text(_script(graph, soc), encoding="utf-8")
-    return {"soc": soc, "int8_layers": found, "float_layers": skips, "session": _AS_WRITTEN}
+    data = (f"{STANDARD}.data",) if (folder / f"{STANDARD}.data").exists() else ()
+    return {"soc": soc, "int8_layers": found, "float_layers": skips, "data": data}
 
 
 def _rewritten(graph: Graph, passes: list[Pass], path: Path) -> dict[str, str]:
@@ -60,7 +61,10 @@ def _check(graph: Graph, model: Path) -> None:
     if free:
         raise ModelError(f"{model} has free axes {', '.join(free)}, with which ATC compiles no int8; {remedy} and "
                          f"{' '.join(f'--shape {axis}=N' for axis in free)}")
-    if not any(n.op == "QuantizeLinear" for n in graph.nodes):
+    codes = [n.outputs[0] for n in graph.nodes if n.op == "QuantizeLinear"]
+    if any(dtype_of(t) != np.int8 for t in codes):
+        raise ModelError(f"{model} has codes of other types than int8, which ATC does not take; {remedy}")
+    if not codes:
         raise ModelError(f"{model} has no int8 layers; {remedy} and --calib DATA, or leave float models to --target "
                          "cann")
 

@@ -22,7 +22,7 @@ from onnxq.graph import Header, read_header, stored_bytes
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import plain
-from onnxq.runtime.machine import session_options, target_here
+from onnxq.runtime.machine import STAND_INS, session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions
@@ -34,7 +34,8 @@ _KEPT = ("scheme", "size", "latency", "accuracy", "environment")  # what a manif
 def export(model: str | Path, output: str | Path | None = None, *, format: str = "bundle", sample: Any = None,
            report: str | Path | None = None, float_model: str | Path | None = None, eval: Any = None,
            metric: str | None = None, platform: str | None = None, optimization: str = FIXED,
-           target: str | None = None, threads: int = 0, config: Mapping[str, str] | None = None, force: bool = False,
+           target: str | None = None, soc: str | None = None, threads: int = 0,
+           config: Mapping[str, str] | None = None, force: bool = False,
            progress: Progress | None = None) -> dict[str, Any]:
     """Write `model` into the folder `output` (MODEL-FORMAT beside it by default) in one of FORMATS, and run it there.
 
@@ -48,10 +49,11 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     """
     source, folder = Path(model), _named(model, output, format)
     _check(format, platform, optimization, report, float_model, eval)
+    _check_chip(format, soc, target)
     bar = progress or Silent()
     bar.stage("load")
     header = read_header(source)
-    here = target_here(target or ("web" if format == "web" else "cpu"))
+    here = target_here(target or (format if format in ("ascend", "web") else "cpu"))
     if format in ("ort", "web") and here.provider not in (CPU, WASM):
         raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {here.name} runs on "
                          f"{here.provider}; leave --target out")
@@ -59,7 +61,8 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     measured = _measured(source, report, float_model, eval, metric, threads, here.name, bar)
     try:
         with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder.parent) as temporary:
-            job = Job(source, Path(temporary) / folder.name, header, here, dict(config or {}), platform, optimization)
+            job = Job(source, Path(temporary) / folder.name, header, here, dict(config or {}), platform, optimization,
+                      soc)
             job.folder.mkdir()
             bar.stage("convert")
             options = _options(job, threads)
@@ -85,7 +88,7 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
 def _options(job: Job, threads: int) -> SessionOptions:
     """How the models run here: as on the device, or by the CPU's kernels where this machine lacks its provider."""
     found = session_options(job.target, threads)
-    if job.target.provider not in (CPU, WASM, found.provider):
+    if job.target.provider not in (CPU, *STAND_INS, found.provider):
         job.notices.append(f"{job.target.provider} is not here: what is expected is what the CPU makes of the same "
                            "operators; run onnxq verify on the device")
     return replace(found, config=(*found.config, *job.config.items()))
@@ -196,6 +199,13 @@ def _check(format: str, platform: str | None, optimization: str, report: Any, fl
         raise UsageError("--report and --float exclude each other; both say what was measured")
     if eval is not None and float_model is None:
         raise UsageError("--eval compares with the float model; give --float MODEL")
+
+
+def _check_chip(format: str, soc: str | None, target: str | None) -> None:
+    if soc is not None and format != "ascend":
+        raise UsageError("--soc names an Ascend chip; give --format ascend")
+    if format == "ascend" and target not in (None, "ascend"):
+        raise UsageError(f"--format ascend is for target ascend, not for {target}; leave --target out")
 
 
 def _check_folder(folder: Path, force: bool) -> None:

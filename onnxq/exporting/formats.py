@@ -11,9 +11,11 @@ from pathlib import Path, PurePosixPath
 
 from onnxq import sizes
 from onnxq.errors import ModelError
+from onnxq.exporting import ascend
 from onnxq.exporting.manifest import Model
 from onnxq.graph import Header, packed_weights, stored_bytes
 from onnxq.runtime import ort_format
+from onnxq.runtime.machine import STAND_INS
 from onnxq.runtime.session import CPU
 from onnxq.targets import Target
 
@@ -36,7 +38,7 @@ _TAKEN = frozenset({"index.html", "manifest.json", "model.onnx", "model.ort", "n
 class Job:
     """One export: from `model` into `folder`, which is empty; what `notices` gets is told to the user.
 
-    `config` are entries for a session on the device, besides those that `target` states.
+    `config` are entries for a session on the device, besides those that `target` states; `soc` names an Ascend chip.
     """
 
     model: Path
@@ -46,13 +48,13 @@ class Job:
     config: Mapping[str, str] = field(default_factory=dict)
     platform: str | None = None
     optimization: str = FIXED
+    soc: str | None = None
     notices: list[str] = field(default_factory=list)
 
-
-    def model_in(self, file: str, format: str, data: tuple[str, ...] = (), **details: str) -> Model:
+    def model_in(self, file: str, format: str, data: tuple[str, ...] = (), **details: object) -> Model:
         """A model that was written, with how a session on the device runs it."""
         target = self.target
-        provider = CPU if target.provider == WASM else target.provider  # which is a build of the same kernels
+        provider = CPU if target.provider in STAND_INS else target.provider
         return Model(file, format, provider, {**dict(target.config), **self.config}, dict(target.provider_options),
                      data, details)
 
@@ -99,7 +101,17 @@ def web(job: Job) -> list[Model]:
     return [model]
 
 
-FORMATS: Mapping[str, Format] = {"bundle": bundle, "ort": ort, "web": web}
+def for_ascend(job: Job) -> list[Model]:
+    """The model in pairs of Q and DQ, and what ATC and AMCT take; see onnxq.exporting.ascend."""
+    model = _copied(job)
+    told = ascend.write(job.model, job.folder, job.soc)
+    _programs(job.folder, "smoke.py")
+    for name, why in told["float_layers"].items():
+        job.notices.append(f"{name} computes in float: {why}")
+    return [model, job.model_in(ascend.STANDARD, "onnx", told.pop("data"), **told)]
+
+
+FORMATS: Mapping[str, Format] = {"bundle": bundle, "ort": ort, "web": web, "ascend": for_ascend}
 
 
 def _copied(job: Job) -> Model:

@@ -19,6 +19,7 @@ from onnxq.runtime.session import CPU, Session, SessionOptions, how_to_install
 from onnxq.targets import ON_ARM, TARGETS, WITHOUT_VNNI, Target, runtimes
 
 _X86 = frozenset({"AMD64", "i386", "i686", "x86", "x86_64"})
+STAND_INS = ("atc", "wasm")  # what onnxruntime does not load as a provider: the CPU runs their models here
 _UNSEEN = "nothing was timed or read back, and {}"
 _VNNI = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 
@@ -85,7 +86,9 @@ def session_options(target: Target, threads: int, must: bool = False) -> Session
 
     must: leave the provider in, so that a session says what is missing, unless no machine like this one has it.
     """
-    if not is_here(target) and not (must and target.provider not in ("atc", "wasm")):
+    if target.provider in STAND_INS:
+        return SessionOptions(CPU, threads, config=target.config)
+    if not is_here(target) and not must:
         return SessionOptions(CPU, threads)
     return SessionOptions(target.provider, threads, config=target.config, provider_options=target.provider_options)
 
@@ -113,9 +116,9 @@ def checking(target: Target, threads: int) -> Checking:
         return Checking(options)
     plain = replace(options, optimize=False)
     if target.provider == "atc":
-        return Checking(plain, False, False, _UNSEEN.format("accuracy is that of Q and DQ as they are written, on the "
-                                                            "CPU; onnxq export --format ascend makes what ATC takes"))
-    if target.provider not in (CPU, "wasm"):
+        said = _UNSEEN.format("accuracy is that of Q and DQ as they are written, on the CPU")
+        return Checking(options, False, False, f"{said}; onnxq export --format ascend makes what ATC takes")
+    if target.provider not in (CPU, *STAND_INS):
         # pairs of Q and DQ run as they are written; float16 with MatMulNBits does not without optimizations, where
         # onnxruntime 1.32 was seen to be 40 dB off
         said = _UNSEEN.format(f"accuracy is that of the same operators on the CPU; to use it, "

@@ -30,4 +30,6 @@ ASCEND = Target(
     static=True,
     portable=True,
     machines=frozenset(),
+    # onnxruntime runs the pairs as they are written, as ATC's operators do
+    config=(("session.disable_quant_qdq", "1"),),
 )
