@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 from onnx import defs
 
@@ -11,6 +12,7 @@ from onnxq.errors import UsageError
 from onnxq.graph.graph import Graph
 from onnxq.graph.names import with_bodies
 from onnxq.graph.save import apart, outline
+from onnxq.graph.tensors import dtype_of, shape_of
 from onnxq.graph.versions import adopt
 
 
@@ -36,6 +38,24 @@ def fix_axes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
                     dim.dim_value = sizes[dim.dim_param]
         _forget(part, part is model.graph)
     return adopt(graph, model, weights, outputs=True)
+
+
+def fix_inputs(graph: Graph, values: Mapping[str, float]) -> None:
+    """Make constants of inputs of one element, such as a sampling rate that a model chooses its branch by.
+
+    Raises UsageError for a name that no such input has, and for a number that its type doesn't hold.
+    """
+    inputs = {t.name: t for t in graph.inputs}
+    for name, value in values.items():
+        dims = shape_of(inputs[name]) if name in inputs else None
+        dtype = dtype_of(inputs[name]) if name in inputs else None
+        if dtype is None or dims is None or any(d != 1 for d in dims):
+            raise UsageError(f"there is no input {name!r} of one element that could be fixed; leave it out")
+        stored = np.full([1] * len(dims), value).astype(dtype)
+        if stored.ravel()[0] != value:
+            raise UsageError(f"the input {name!r} is {dtype}, which doesn't hold {value:g}; give another number")
+        graph.redirect(inputs[name], graph.constant(f"{name}.fixed", stored))
+    graph.ir.inputs[:] = [t for t in graph.ir.inputs if t.name not in values]
 
 
 def infer_again(graph: Graph) -> Graph:

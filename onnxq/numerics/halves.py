@@ -17,9 +17,12 @@ def nearest(values: NDArray[Any], limit: float = LARGEST) -> NDArray[np.float16]
     Numbers beyond +-`limit`, which is at most LARGEST, become +-`limit`; infinities and NaN stay.
     """
     with np.errstate(over="ignore"):
-        found = values.astype(np.float16)
-    beyond = np.isfinite(values) & (np.abs(values) > limit)
-    return np.where(beyond, np.copysign(np.float16(limit), found), found) if beyond.any() else found
+        found = np.asarray(values).astype(np.float16)
+    beyond = np.abs(found) > limit
+    if beyond.any():  # of a large weight hardly ever, so that no more than it is in memory
+        given = np.asarray(values)[beyond]
+        found[beyond] = np.where(np.isfinite(given), np.copysign(np.float16(limit), found[beyond]), found[beyond])
+    return found
 
 
 def shares(values: NDArray[np.float32]) -> tuple[int, int]:

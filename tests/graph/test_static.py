@@ -12,7 +12,7 @@ from conftest import Opener, assert_same, body, make_model, node, random, run
 from onnx import TensorProto
 
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, fix_axes, infer_again, inline, shape_of
+from onnxq.graph import Graph, fix_axes, fix_inputs, infer_again, inline, shape_of
 
 Written = Callable[[Graph], Path]
 
@@ -114,3 +114,27 @@ def test_a_branch_in_place_of_its_node(opened: Opener, written: Written) -> None
     assert {n.name for n in graph.nodes} == {"Relu_a", "Neg_b", "If_p/0", "If_p/1", "Add_y"}
     feed = {"x": random(3), "c": np.asarray(True)}
     assert_same(run(written(graph), feed), run(item, feed))
+
+
+def choosing() -> onnx.ModelProto:
+    return make_model([node("Equal", "rate k", "c"), node("Where", "c x x2", "y")],
+                      {"x": [3], "x2": [3], "rate": (TensorProto.INT64, [1])}, {"y": [3]}, {"k": np.int64(16000)})
+
+
+@pytest.mark.parametrize("rate", [16000, 8000])
+def test_inputs_that_are_fixed(rate: int, opened: Opener, written: Written) -> None:
+    graph = opened(choosing())
+    fix_inputs(graph, {"rate": rate})
+    assert [t.name for t in graph.inputs] == ["x", "x2"]
+    feed = {"x": random(3), "x2": random(3, seed=1)}
+    assert_same(run(written(graph), feed), run(choosing(), {**feed, "rate": np.asarray([rate])}))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"x": 1}, "there is no input 'x' of one element that could be fixed; leave it out"),
+    ({"k": 1}, "there is no input 'k' of one element that could be fixed; leave it out"),
+    ({"rate": 0.5}, "the input 'rate' is int64, which doesn't hold 0.5; give another number")])
+def test_inputs_that_cannot_be_fixed(values: dict[str, float], message: str, opened: Opener) -> None:
+    with pytest.raises(UsageError) as caught:
+        fix_inputs(opened(choosing()), values)
+    assert str(caught.value) == message
