@@ -44,6 +44,8 @@ _POWERS = frozenset({"ReduceL2", "ReduceLogSumExp", "ReduceLogSum", "ReduceProd"
                      "LpPool", "GlobalLpPool", "MeanVarianceNormalization"})
 _REDUCE = frozenset({"ReduceMean", "ReduceSum"})
 _DECODERS = frozenset({"DequantizeLinear", "GatherBlockQuantized", "MatMulNBits"})
+_COMPARES = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
+_DIVIDES = frozenset({"Div", "Log", "Pow", "Reciprocal"})
 _LAYERS = frozenset({"BatchNormalization", "Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
 
 
@@ -165,10 +167,12 @@ def _exponentials(graph: Graph) -> Found:
 
 
 def _whole_numbers(graph: Graph) -> Found:
-    """From whole numbers, such as positions, to angles or to whole numbers: float16 counts to 2048."""
+    """From whole numbers, such as positions, to angles, to whole numbers or to what these are compared with: float16
+    counts to 2048."""
     for anchor in graph.nodes:
         angle = anchor.op in ("Cos", "Sin")
-        rounded = anchor.op == "Cast" and dtype_of(anchor.inputs[0]) == FLOAT32 and _integer(anchor.outputs[0])
+        rounded = (anchor.op in _COMPARES or (anchor.op == "Cast" and _integer(anchor.outputs[0]))) and (
+            dtype_of(anchor.inputs[0]) == FLOAT32)
         if anchor.domain or not (angle or rounded):
             continue
         through = _ELEMENTWISE | _MOVES | {"Cast", "Range"} | ({"MatMul"} if angle else set())
@@ -322,7 +326,23 @@ def _constants(graph: Graph, wide: dict[str, str], ends: Collection[str]) -> dic
         for node in narrow if reason else ():
             if node.name not in ends:
                 wide[node.name] = reason
+            for user in _behind_epsilon(graph, node) if few_digits else ():
+                wide.setdefault(user.name, "divides by what may be too small for float16")
     return limits
+
+
+def _behind_epsilon(graph: Graph, node: Node) -> list[Node]:
+    """What leads from a number that keeps a divisor from 0 to the division, or to a logarithm, and these."""
+    found: dict[str, Node] = {}
+    frontier = [[node]] if node.op in ("Add", "Clip", "Max") else []
+    while frontier:
+        path = frontier.pop()
+        for user in [n for t in path[-1].outputs for n in graph.consumers(t) if n.name not in found]:
+            if user.op in _DIVIDES:
+                found |= {n.name: n for n in (*path[1:], user)}
+            elif user.op in _MOVES or user.op == "Sqrt":
+                frontier.append([*path, user])
+    return list(found.values())
 
 
 def _look(graph: Graph, tensor: Tensor) -> tuple[float, float, bool]:

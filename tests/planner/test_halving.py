@@ -182,6 +182,9 @@ def test_whole_numbers_from_whole_numbers(opened: Opener) -> None:
              node("Cast", "m", "o", to=I64)]
     found = wide(opened, nodes, ports={"i": (I64, [3])}, outputs={"o": (I64, [3])})
     assert set(found) == {n.name for n in nodes}
+    nodes = [node("Cast", "i", "f", to=F), node("Less", "f two", "o")]
+    found = wide(opened, nodes, ports={"i": (I64, [3])}, outputs={"o": (TensorProto.BOOL, [3])})
+    assert set(found) == {n.name for n in nodes}
     nodes = [node("MatMul", "x w", "h"), node("Mul", "h two", "m"), node("Round", "m", "r"),
              node("Cast", "r", "o", to=TensorProto.INT8)]
     assert wide(opened, nodes, outputs={"o": (TensorProto.INT8, ["n", 16])}, stored={"w": random(16, 16)}) == {}
@@ -301,6 +304,19 @@ def test_infinity_needs_no_limit(opened: Opener) -> None:
 def test_constants_that_do_not_fit(item: onnx.NodeProto, stored: Any, reason: str | None, opened: Opener) -> None:
     found = wide(opened, [item], outputs={"y": ["n", 16]}, stored={"w": stored})
     assert found == ({item.name: reason} if reason else {})
+
+
+def test_a_mean_of_nothing_is_no_division_by_zero(opened: Opener, written: Written) -> None:
+    """The number of tokens, 0 in row 1, is raised to 1e-9, which float16 has not."""
+    nodes = [node("Mul", "x m", "h"), node("ReduceSum", "h axes", "s"), node("ReduceSum", "m axes", "n"),
+             node("Max", "n tiny", "c"), node("Expand", "c to", "d"), node("Div", "s d", "y")]
+    model = of(nodes, {"x": [2, 16], "m": [2, 16]}, {"y": [2, 1]}, {"to": np.int64([2, 1])})
+    graph = opened(model)
+    assert halving.decide(graph)[0] == {
+        "Max_c": "a constant of it has too few digits in float16",
+        **dict.fromkeys(("Expand_d", "Div_y"), "divides by what may be too small for float16")}
+    feed = {"x": random(2, 16), "m": np.float32([[1] * 9 + [0] * 7, [0] * 16])}
+    np.testing.assert_allclose(stepwise(written(halved(graph)), feed), run(model, feed)["y"], atol=1e-3)
 
 
 def test_constants_are_read_in_blocks(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
