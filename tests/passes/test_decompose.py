@@ -17,6 +17,7 @@ from onnxq.passes.decompose.parts import full_name
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
 from onnxq.passes.decompose.spell_out_group_norm import SpellOutGroupNorm
+from onnxq.passes.decompose.spell_out_gru import SpellOutGru
 from onnxq.passes.decompose.spell_out_norms import SpellOutNorms
 from onnxq.passes.decompose.spell_out_rotary import SpellOutRotary
 from onnxq.passes.decompose.spell_out_simple import SpellOutSimple
@@ -226,6 +227,47 @@ def test_rotary_embedding_of_onnx(pairs: int, shape: list[int], attrs: dict[str,
     ports: dict[str, Any] = {"x": shape} if rows else {"x": shape, "p": (TensorProto.INT64, [2, 5])}
     feed = {"x": random(*shape), **({} if rows else {"p": POSITIONS})}
     fires(make_model([item], ports, {"y": shape}, tables, 23, ir_version=10), SpellOutRotary(), feed)
+
+
+# ------------------------------------------------------------------ GRU
+
+
+def gru(direction: str, late: int, inputs: str, outputs: str = "y last", steps: Any = 5,
+        **attrs: Any) -> onnx.ModelProto:
+    many = 2 if direction == "bidirectional" else 1
+    stored = {"w": random(many, 12, 3), "r": random(many, 12, 4, seed=1), "b": random(many, 24, seed=2)}
+    ports: dict[str, Any] = {"x": [steps, "n", 3], "h": [many, "n", 4], "l": (TensorProto.INT32, ["n"])}
+    shapes = {"y": [steps, many, "n", 4], "last": [many, "n", 4]}
+    item = node("GRU", inputs, outputs, "gru", hidden_size=4, direction=direction, linear_before_reset=late, **attrs)
+    return make_model([item], {k: p for k, p in ports.items() if k in inputs.split()},
+                      {k: p for k, p in shapes.items() if k in outputs.split()},
+                      {k: v for k, v in stored.items() if k in inputs.split()})
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("inputs", ["x w r", "x w r b", "x w r b _ h", "x w r _ _ h"])
+def test_recurrent_units(direction: str, late: int, inputs: str, fires: Try) -> None:
+    many = 2 if direction == "bidirectional" else 1
+    feed = {"x": random(5, 2, 3), **({"h": random(many, 2, 4)} if "h" in inputs else {})}
+    graph, skips = fires(gru(direction, late, inputs), SpellOutGru(), feed)
+    assert (skips, "GRU" in names(graph)) == ([], False)
+
+
+@pytest.mark.parametrize("outputs", ["y", "_ last"])
+def test_recurrent_units_with_one_result(outputs: str, fires: Try) -> None:
+    fires(gru("forward", 0, "x w r b", outputs), SpellOutGru(), {"x": random(5, 2, 3)})
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"clip": 1.0}, "it clips, or has activations of its own"),
+    ({"activations": ["Tanh", "Tanh"]}, "it clips, or has activations of its own"),
+    ({"inputs": "x w r b l"}, "its batch comes first, or its sequences have lengths of their own"),
+    ({"steps": "s"}, "it is not known to be float32 of 1 to 128 steps"),
+    ({"steps": 129}, "it is not known to be float32 of 1 to 128 steps")])
+def test_other_recurrent_units_stay(changes: dict[str, Any], reason: str, opened: Opener) -> None:
+    model = gru("forward", 0, **{"inputs": "x w r b", **changes})
+    assert apply(SpellOutGru(), opened(model)) == (False, [("gru", reason)])
 
 
 # ------------------------------------------------------------------ others

@@ -7,13 +7,14 @@ from onnxq.passes.decompose.parts import Decomposition, full_name
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
 from onnxq.passes.decompose.spell_out_group_norm import SpellOutGroupNorm
+from onnxq.passes.decompose.spell_out_gru import SpellOutGru
 from onnxq.passes.decompose.spell_out_norms import SpellOutNorms
 from onnxq.passes.decompose.spell_out_rotary import SpellOutRotary
 from onnxq.passes.decompose.spell_out_simple import SpellOutSimple
 from onnxq.passes.manager import Pass
 
 _STEPS: tuple[type[Decomposition], ...] = (SpellOutNorms, SpellOutGroupNorm, SpellOutActivations, SpellOutRotary,
-                                           SpellOutEinsum, SpellOutSimple)
+                                           SpellOutEinsum, SpellOutSimple, SpellOutGru)
 
 
 def decompose(operators: frozenset[str]) -> list[Pass]:

@@ -50,12 +50,13 @@ class Parts:
 
     def __init__(self, graph: Graph, node: Node) -> None:
         self.graph, self.node, self.result = graph, node, node.outputs[0]
+        self.prefix = self.result.name or node.name
 
     def make(self, op: str, part: str, inputs: Sequence[Tensor], like: Tensor | None = None,
              attrs: dict[str, Any] | None = None, shape: Sequence[Any] | None = None, dtype: Any = FLOAT32) -> Tensor:
         """What a new node makes: `RESULT.part` in the shape of a tensor, or in `shape`, or of unknown shape."""
         dims = shape_of(like) if like is not None else shape
-        made = self.graph.variable(f"{self.result.name}.{part}", dtype, dims)
+        made = self.graph.variable(f"{self.prefix}.{part}", dtype, dims)
         self.graph.add_node(op, f"{self.node.name}/{part}", inputs, [made], attrs)
         return made
 
@@ -63,7 +64,7 @@ class Parts:
         """The mean over axes, counted from the last one, -1, which are kept with a size of 1."""
         dims = shape_of(tensor)
         shape = None if dims is None else [1 if k - len(dims) in axes else d for k, d in enumerate(dims)]
-        made = self.graph.variable(f"{self.result.name}.{part}", FLOAT32, shape)
+        made = self.graph.variable(f"{self.prefix}.{part}", FLOAT32, shape)
         self.graph.add_reduction("ReduceMean", f"{self.node.name}/{part}", tensor, made, axes, True)
         return made
 
