@@ -15,6 +15,7 @@ from onnxq.graph import Graph
 from onnxq.passes.decompose import decompose
 from onnxq.passes.decompose.parts import full_name
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
+from onnxq.passes.decompose.spell_out_attention import SpellOutAttention
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
 from onnxq.passes.decompose.spell_out_group_norm import SpellOutGroupNorm
 from onnxq.passes.decompose.spell_out_gru import SpellOutGru
@@ -229,6 +230,56 @@ def test_rotary_embedding_of_onnx(pairs: int, shape: list[int], attrs: dict[str,
     fires(make_model([item], ports, {"y": shape}, tables, 23, ir_version=10), SpellOutRotary(), feed)
 
 
+# ------------------------------------------------------------------ attention
+
+FLAT = {"q_num_heads": 4, "kv_num_heads": 2}
+
+
+def attention(inputs: str, outputs: str = "y", flat: bool = False, kv: int = 2, mask: Any = None, rows: int = 5,
+              **attrs: Any) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """q of 4 heads of 6 and 3 rows, k and v of kv heads and 5 rows, 2 in the past."""
+    feed = {"q": random(2, 4, 3, 6), "k": random(2, kv, rows, 6, seed=1), "v": random(2, kv, rows, 6, seed=2),
+            "m": mask, "pk": random(2, kv, 2, 6, seed=3), "pv": random(2, kv, 2, 6, seed=4)}
+    shapes = {"y": [2, 4, 3, 6], "nk": [2, kv, rows + 2, 6], "nv": [2, kv, rows + 2, 6]}
+    if flat:
+        feed |= {k: feed[k].transpose(0, 2, 1, 3).reshape(2, feed[k].shape[2], -1) for k in "qkv"}
+        shapes["y"] = [2, 3, 24]
+    feed = {k: v for k, v in feed.items() if k in inputs.split()}
+    ports = {k: (TensorProto.BOOL if v.dtype == bool else TensorProto.FLOAT, ["n", *v.shape[1:]] if k in "qkv" else
+                 list(v.shape)) for k, v in feed.items()}
+    item = node("Attention", inputs, outputs, "attention", **(FLAT if flat else {}), **attrs)
+    return make_model([item], ports, {k: s for k, s in shapes.items() if k in outputs.split()}, opset=23,
+                      ir_version=10), feed
+
+
+SEEN = np.tri(3, 5, 2, dtype=bool)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["heads apart", "flat"])
+@pytest.mark.parametrize("case", [
+    {"inputs": "q k v"}, {"inputs": "q k v", "scale": 0.5}, {"inputs": "q k v m", "mask": SEEN},
+    {"inputs": "q k v m", "mask": random(2, 1, 3, 5)}, {"inputs": "q k v", "rows": 3, "is_causal": 1},
+    {"inputs": "q k v _ pk pv", "outputs": "y nk nv"}, {"inputs": "q k v m pk pv", "outputs": "y nk nv",
+                                                        "mask": np.tri(3, 7, 4, dtype=bool)}],
+    ids=["plain", "scaled", "hidden", "masked", "causal", "with a past", "hidden with a past"])
+def test_attention(case: dict[str, Any], flat: bool, fires: Try) -> None:
+    model, feed = attention(**case, flat=flat)
+    graph, skips = fires(model, SpellOutAttention(), feed)
+    assert (skips, "Attention" in names(graph)) == ([], False)
+
+
+def test_attention_with_a_key_for_each_head(fires: Try) -> None:
+    model, feed = attention("q k v", kv=4)
+    assert "Expand" not in names(fires(model, SpellOutAttention(), feed)[0])
+
+
+@pytest.mark.parametrize(("case", "reason"), [
+    ({"inputs": "q k v", "softcap": 9.0}, "it caps scores, or its sequences have lengths of their own"),
+    ({"inputs": "q k v", "is_causal": 1}, "what each row may see depends on sizes that are not known, or on a past")])
+def test_other_attentions_stay(case: dict[str, Any], reason: str, opened: Opener) -> None:
+    assert apply(SpellOutAttention(), opened(attention(**case)[0])) == (False, [("attention", reason)])
+
+
 # ------------------------------------------------------------------ GRU
 
 
@@ -314,12 +365,12 @@ def test_nodes_in_bodies_too(fires: Try) -> None:
 
 def test_only_what_is_lacking_is_replaced(opened: Opener) -> None:
     steps: list[Pass] = decompose(frozenset({"Gelu", "Swish", "Mish", "HardSwish", "Einsum", "GroupNormalization"}))
-    assert [str(s) for s in steps][1] == (
+    assert str(steps[2]) == (
         "spell-out-activations(operators=('com.microsoft.BiasGelu', 'com.microsoft.FastGelu', 'com.microsoft.Gelu', "
         "'com.microsoft.QuickGelu'))")
     assert "spell-out-einsum" not in {s.name for s in steps}
     graph = opened(of(node("Gelu", "x", "y"), {}))
-    assert apply(steps[1], graph) == (False, [])
+    assert apply(steps[2], graph) == (False, [])
     assert apply(SpellOutActivations(), graph)[0] is True
 
 

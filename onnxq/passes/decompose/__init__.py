@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxq.graph import Graph
 from onnxq.passes.decompose.parts import Decomposition, full_name
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
+from onnxq.passes.decompose.spell_out_attention import SpellOutAttention
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
 from onnxq.passes.decompose.spell_out_group_norm import SpellOutGroupNorm
 from onnxq.passes.decompose.spell_out_gru import SpellOutGru
@@ -13,8 +14,9 @@ from onnxq.passes.decompose.spell_out_rotary import SpellOutRotary
 from onnxq.passes.decompose.spell_out_simple import SpellOutSimple
 from onnxq.passes.manager import Pass
 
-_STEPS: tuple[type[Decomposition], ...] = (SpellOutNorms, SpellOutGroupNorm, SpellOutActivations, SpellOutRotary,
-                                           SpellOutEinsum, SpellOutSimple, SpellOutGru)
+_STEPS: tuple[type[Decomposition], ...] = (
+    SpellOutAttention, SpellOutNorms, SpellOutGroupNorm, SpellOutActivations, SpellOutRotary, SpellOutEinsum,
+    SpellOutSimple, SpellOutGru)
 
 
 def decompose(operators: frozenset[str]) -> list[Pass]:
