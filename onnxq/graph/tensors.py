@@ -235,6 +235,11 @@ def is_made(tensor: gs.Constant) -> bool:
     return isinstance(tensor._values, (Widened, Computed, Sparse))
 
 
+def is_computed(tensor: gs.Constant) -> bool:
+    """Whether all values are computed anew each time some are read."""
+    return isinstance(tensor._values, Computed)
+
+
 def is_sparse(tensor: gs.Constant) -> bool:
     """Whether the constant is to be saved as a sparse initializer."""
     return isinstance(tensor._values, Sparse)

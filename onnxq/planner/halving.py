@@ -15,7 +15,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from onnxq.graph import FLOAT32, HALF, Graph, Node, Tensor, constants, dtype_of, element_types, is_constant, shape_of
+from onnxq.graph import (
+    FLOAT32,
+    HALF,
+    Graph,
+    Node,
+    Tensor,
+    constants,
+    dtype_of,
+    element_types,
+    is_computed,
+    is_constant,
+    shape_of,
+)
 from onnxq.numerics import halves
 from onnxq.passes.halving import slots_of
 from onnxq.planner import composites
@@ -334,10 +346,12 @@ def _constants(graph: Graph, wide: dict[str, str], ends: Collection[str]) -> dic
 def _behind_epsilon(graph: Graph, node: Node) -> list[Node]:
     """What leads from a number that keeps a divisor from 0 to the division, or to a logarithm, and these."""
     found: dict[str, Node] = {}
+    seen: set[str] = set()
     frontier = [[node]] if node.op in ("Add", "Clip", "Max") else []
     while frontier:
         path = frontier.pop()
-        for user in [n for t in path[-1].outputs for n in graph.consumers(t) if n.name not in found]:
+        for user in [n for t in path[-1].outputs for n in graph.consumers(t) if n.name not in seen]:
+            seen.add(user.name)
             if user.op in _DIVIDES:
                 found |= {n.name: n for n in (*path[1:], user)}
             elif user.op in _MOVES or user.op == "Sqrt":
@@ -349,9 +363,9 @@ def _look(graph: Graph, tensor: Tensor) -> tuple[float, float, bool]:
     """Least and greatest finite number of a constant, and whether most of it would lose digits."""
     dims = [int(d or 0) for d in shape_of(tensor) or ()]
     rows, width = (dims[0], math.prod(dims[1:])) if dims else (1, 1)
-    each = max(1, _ROWS // max(1, width))
+    each = rows if is_computed(tensor) else max(1, _ROWS // max(1, width))  # each reading would compute all of it
     least, greatest, counts = math.inf, -math.inf, np.zeros(2, np.int64)
-    for start in range(0, rows, each):
+    for start in range(0, rows, max(1, each)):
         values = np.asarray(graph.read_rows(tensor, start, start + each) if dims else graph.read(tensor))
         finite = values[np.isfinite(values)]
         if finite.size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,30 @@ def test_constants_are_read_in_blocks(opened: Opener, monkeypatch: pytest.Monkey
     graph = opened(of(nodes, {"i": (I64, ["n"])}, {"y": ["n", 16]},
                       {"w": values, "q": np.ones((16, 16), np.int8), "s": np.full(16, 1e-6, np.float32)}, 21))
     assert halving.decide(graph) == ({"Gather_h": "a constant of it passes float16's range"}, {})
+
+
+def test_computed_constants_are_computed_once(opened: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halving, "_ROWS", 32)
+    made = []
+    graph = opened(of([node("MatMul", "x w", "y")], stored={"w": random(16, 16)}, outputs={"y": ["n", 16]}))
+
+    def compute() -> np.ndarray[Any, Any]:
+        made.append("v")
+        return np.full((16, 16), 7e4, np.float32)
+
+    graph.replace_input(graph.nodes[0], 1, graph.computed("v", np.float32, (16, 16), compute))
+    assert halving.decide(graph) == ({"MatMul_y": "a constant of it passes float16's range"}, {})
+    assert made == ["v"]
+
+
+def test_older_plans_load(tmp_path: Path) -> None:
+    plan = Plan("w4a16", "cuda")
+    plan.save(tmp_path)
+    path = tmp_path / "plan.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    del told["wide"], told["limits"]
+    path.write_text(json.dumps(told), encoding="utf-8")
+    assert Plan.load(tmp_path).digest() == plan.digest()
 
 
 def test_a_plan_keeps_it(tmp_path: Path) -> None:
