@@ -10,10 +10,12 @@ import onnxruntime
 import pytest
 from conftest import Opener, Try, apply, body, make_model, node, random
 from onnx import TensorProto
+from onnx.reference import ReferenceEvaluator
 
 from onnxq.graph import Graph
 from onnxq.passes.decompose import decompose
 from onnxq.passes.decompose.parts import full_name
+from onnxq.passes.decompose.scale_first import ScaleFirst
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
 from onnxq.passes.decompose.spell_out_attention import SpellOutAttention
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
@@ -22,8 +24,10 @@ from onnxq.passes.decompose.spell_out_gru import SpellOutGru
 from onnxq.passes.decompose.spell_out_norms import SpellOutNorms
 from onnxq.passes.decompose.spell_out_rotary import SpellOutRotary
 from onnxq.passes.decompose.spell_out_simple import SpellOutSimple
-from onnxq.passes.manager import Pass
+from onnxq.passes.lower.to_half import ToHalf
+from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.planner import composites
+from onnxq.targets import TARGETS
 
 MS = "com.microsoft"
 X = random(2, 5, 12) * np.float32(3)
@@ -278,6 +282,52 @@ def test_attention_with_a_key_for_each_head(fires: Try) -> None:
     ({"inputs": "q k v", "is_causal": 1}, "what each row may see depends on sizes that are not known, or on a past")])
 def test_other_attentions_stay(case: dict[str, Any], reason: str, opened: Opener) -> None:
     assert apply(SpellOutAttention(), opened(attention(**case)[0])) == (False, [("attention", reason)])
+
+
+# ------------------------------------------------------------------ scaled products
+
+NPU = TARGETS["cann"]
+
+
+def scaled(item: onnx.NodeProto, c: float, opset: int = 17) -> onnx.ModelProto:
+    return make_model([node("MatMul", "q k", "s", "product"), item, node("Softmax", "y", "z")],
+                      {"q": [2, 3, 6], "k": [2, 6, 5]}, {"y": [2, 3, 5], "z": [2, 3, 5]}, {"c": np.float32(c)}, opset)
+
+
+QK = {"q": random(2, 3, 6), "k": random(2, 6, 5)}
+
+
+@pytest.mark.parametrize(("item", "c"), [(node("Mul", "s c", "y"), 0.3), (node("Mul", "c s", "y"), -0.3),
+                                         (node("Div", "s c", "y"), 7.0)], ids=["Mul", "Mul from the left", "Div"])
+def test_products_are_scaled_first(item: onnx.NodeProto, c: float, fires: Try) -> None:
+    graph, _ = fires(scaled(item, c), ScaleFirst(), QK, NPU)
+    assert [n.op for n in graph.nodes] == ["Mul", "MatMul", "Softmax"]
+
+
+def test_scores_that_float16_does_not_hold(opened: Opener, written: Any) -> None:
+    """q k of 90000 at a scale of 1/10: infinite in between, were it not scaled first."""
+    model = scaled(node("Mul", "s c", "y"), 0.1)
+    feed = {"q": np.full((2, 3, 6), 150, np.float32), "k": np.full((2, 6, 5), 100, np.float32)}
+    for steps, finite in (([ScaleFirst(), ToHalf()], True), ([ToHalf()], False)):
+        graph = opened(model)
+        PassManager(steps).run(graph, Context(NPU))
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = ReferenceEvaluator(str(written(graph))).run(["y"], feed)[0]
+        assert bool(np.all(np.isfinite(found))) is finite
+
+
+@pytest.mark.parametrize(("item", "c", "reasons"), [
+    (node("Mul", "s c", "y"), 3.0, [("product", "it is not scaled down")]),
+    (node("Div", "s c", "y"), 0.3, [("product", "it is not scaled down")]), (node("Div", "c s", "y"), 7.0, []),
+    (node("Add", "s c", "y"), 0.3, []), (node("Mul", "s c", "y"), 0.0, [])],
+    ids=["up", "up by Div", "inverse", "Add", "0"])
+def test_other_products_stay(item: onnx.NodeProto, c: float, reasons: list[tuple[str, str]], leaves: Try) -> None:
+    assert leaves(scaled(item, c), ScaleFirst(), QK, NPU)[1] == reasons
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_products_stay_where_nothing_overflows(target: str, leaves: Try) -> None:
+    leaves(scaled(node("Mul", "s c", "y"), 0.3), ScaleFirst(), QK, TARGETS[target])
 
 
 # ------------------------------------------------------------------ GRU

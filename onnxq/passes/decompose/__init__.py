@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from onnxq.graph import Graph
 from onnxq.passes.decompose.parts import Decomposition, full_name
+from onnxq.passes.decompose.scale_first import ScaleFirst
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
 from onnxq.passes.decompose.spell_out_attention import SpellOutAttention
 from onnxq.passes.decompose.spell_out_einsum import SpellOutEinsum
@@ -22,7 +23,7 @@ _STEPS: tuple[type[Decomposition], ...] = (
 def decompose(operators: frozenset[str]) -> list[Pass]:
     """Passes for a provider that has these operators of ONNX alone; they leave the outputs as they are within float
     rounding. Those that none of them replaces stay, see `lacking`."""
-    return [step for kind in _STEPS if (step := kind.without(operators)) is not None]
+    return [*(step for kind in _STEPS if (step := kind.without(operators)) is not None), ScaleFirst()]
 
 
 def lacking(graph: Graph, operators: frozenset[str]) -> dict[str, str]:
