@@ -31,6 +31,14 @@ def test_ends(value: float) -> None:
     assert halves.nearest(np.float32(value), 32752.0).tolist() == 32752
 
 
+def test_large_arrays_are_converted_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halves, "_BLOCK", 10)
+    values = np.random.default_rng(0).standard_normal((7, 2, 3)).astype(np.float32) * np.float32(40000)
+    wanted = np.clip(values, -65504, 65504).astype(np.float16)
+    np.testing.assert_array_equal(halves.nearest(values), wanted)
+    np.testing.assert_array_equal(halves.nearest(values.T), wanted.T)
+
+
 def test_shares() -> None:
     """6.2e-5 is above the smallest normal number 2**-14, about 6.1e-5; 0 counts for nothing."""
     assert halves.shares(np.float32([[0, 1], [6.2e-5, 6.0e-5], [-1e-12, 0]])) == (4, 2)
