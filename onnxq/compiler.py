@@ -25,6 +25,7 @@ from onnxq.passes.pack import pack as pack_passes
 from onnxq.passes.pack.codes import opset_for_codes
 from onnxq.passes.pack.weights import OPSET
 from onnxq.passes.quantize import quantize
+from onnxq.passes.static_shapes import settled
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
 from onnxq.passes.transform.remove_channels import RemoveChannels
@@ -134,7 +135,7 @@ class _Compilation:
             self._stream(graph)
             return self.report
         feeds, source = self._canonicalize(graph, evaluation or calib)
-        graph = self._for_blocks(graph)
+        graph = self._ready(graph)
         self.planning = self._planning(graph, calib, self.recipe)
         spool = self.planning.spool = Spool(request.output.with_name(f"{request.output.name}.partial"))
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
@@ -234,8 +235,11 @@ class _Compilation:
         self.removed = verification.removed_rows(removals)
         return feeds, source
 
-    def _for_blocks(self, graph: Graph) -> Graph:
-        """The graph in a version of ONNX whose DequantizeLinear takes blocks, where such are to be written."""
+    def _ready(self, graph: Graph) -> Graph:
+        """The graph with all sizes known, where the target has them fixed, and in a version of ONNX whose
+        DequantizeLinear takes blocks, where such are to be written."""
+        if self.request.target.static:
+            graph = settled(graph, self.context)
         if not (self.request.target.portable and self.recipe.scheme.is_weight_only):
             return graph
         wanted, most = weight_only.opset(graph, rules.schemes(graph, self.recipe)), self.request.target.opset

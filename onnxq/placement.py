@@ -111,7 +111,7 @@ def _refused(graph: Graph, node: Node, own: str, target: Target) -> str | None:
     if own not in target.operators:
         return f"the provider has no {own}"
     if target.symmetric and node.op in ("QuantizeLinear", "DequantizeLinear"):
-        return _unsymmetric(graph, node)
+        return _unsymmetric(graph, node, target)
     takes, first = target.operators[own], next((t for t in node.inputs if t.name), None)
     dtype = str(dtype_of(first)) if first is not None and dtype_of(first) is not None else None
     if takes and dtype is not None and dtype not in takes:
@@ -119,10 +119,10 @@ def _refused(graph: Graph, node: Node, own: str, target: Target) -> str | None:
     return None
 
 
-def _unsymmetric(graph: Graph, node: Node) -> str | None:
+def _unsymmetric(graph: Graph, node: Node, target: Target) -> str | None:
     codes = node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]
     dtype = str(dtype_of(codes))
-    if dtype not in ("int8", "int4", "float8_e4m3fn"):
+    if dtype not in ("int8", "int4", "float8_e4m3fn", *(() if target.float_bias else ("int32",))):
         return f"the provider takes int8 codes, not {dtype}"
     zero = graph.optional_input(node, 2)
     if zero is not None and (not is_constant(zero) or graph.read(zero).astype("float32").any()):

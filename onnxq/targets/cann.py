@@ -2,8 +2,9 @@
 
 It compiles a graph of the 134 operators that it knows into one program for each set of input sizes, and takes none of
 QuantizeLinear, DequantizeLinear, QLinear*, LayerNormalization or com.microsoft: quantized models would run on the CPU,
-or fail. So it gets a float16 graph of its own operators, with nothing left to fold. int8 on Ascend goes by the vendor's
-compiler instead: `onnxq export --format ascend`. Source: onnxruntime's core/providers/cann; not run yet.
+or fail. So it gets a float16 graph of its own operators, with nothing left to fold; what stays float32 in it is to stay
+so (precision_mode). int8 on Ascend goes by the vendor's compiler instead: target ascend. Source: onnxruntime's
+core/providers/cann; not run yet.
 """
 
 from __future__ import annotations
@@ -21,5 +22,5 @@ CANN = Target(
     floats="float16",
     operators=dict.fromkeys(CANN_OPERATORS, frozenset()),
     static=True,
-    provider_options=(("precision_mode", "force_fp16"), ("dump_om_model", "0")),
+    provider_options=(("precision_mode", "allow_fp32_to_fp16"), ("dump_om_model", "0")),
 )

@@ -12,6 +12,7 @@ from lowering_support import MODELS
 from onnx import numpy_helper
 
 import onnxq
+from onnxq.errors import UsageError
 from onnxq.placement import check
 from onnxq.runtime.machine import is_here, saturates, target_here
 from onnxq.targets import TARGETS
@@ -19,7 +20,12 @@ from onnxq.targets import TARGETS
 CNN, TEXT = MODELS / "digits_cnn", MODELS / "text_encoder"
 
 
+SIZES = {CNN: {"batch": 10}, TEXT: {"batch": 8, "seq": 64}}
+
+
 def compiled(folder: Path, output: Path, target: str, **options):
+    if TARGETS[target].static:
+        options |= {"shapes": SIZES[folder], "batch": SIZES[folder]["batch"]}
     return onnxq.compile(folder / "model.onnx", output, target=target, calib=folder / "calib.npz",
                          eval=folder / "eval.npz", metric="top1", max_drop="1pt", measure=False, **options)
 
@@ -40,6 +46,12 @@ def test_every_target_keeps_the_accuracy_and_is_legal_by_its_tables(tmp_path, ta
                 and "sizes" not in n["reason"]]
         assert away == []
         assert placed["advice"] == []
+
+
+@pytest.mark.parametrize("target", ["ascend", "cann"])
+def test_targets_of_fixed_sizes_ask_for_them(target):
+    with pytest.raises(UsageError, match="--shape batch=N --shape seq=N"):
+        onnxq.compile(TEXT / "model.onnx", target=target, scheme="float", shapes={})
 
 
 def test_portable_models_hold_operators_of_onnx_alone(tmp_path):
