@@ -22,7 +22,7 @@ from onnxq.graph import Header, read_header, stored_bytes
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import plain
-from onnxq.runtime.machine import STAND_INS, session_options, target_here
+from onnxq.runtime.machine import STAND_INS, checking, session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions
@@ -41,9 +41,9 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
 
     The models run on `target` (web for a page, else cpu), with `threads` and the session entries of `config`. The
     expected output is that of the model there, or on the CPU where this machine is not the target, on the first row of
-    `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of
-    its compilation (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform`
-    arm or amd64 and `optimization` fixed or runtime are those of ORT format. Returns what was written and how far each
+    `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of its compilation
+    (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform` arm or amd64
+    and `optimization` fixed or runtime are those of ORT format. Returns what was written and how far each
     exported model is from the expected output; `failures` is empty where all are within what is allowed. Raises
     UsageError for a wrong call, and the other OnnxqErrors for what can't be exported.
     """
@@ -88,6 +88,9 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
 def _options(job: Job, threads: int) -> SessionOptions:
     """How the models run here: as on the device, or by the CPU's kernels where this machine lacks its provider."""
     found = session_options(job.target, threads)
+    if checking(job.target, threads).by_twin:
+        job.notices.append(f"int8 may saturate on this processor, and does not on {job.target.name}: what is expected "
+                           "is what this one gives; where onnxq verify fails on the device, export the model there")
     if job.target.provider not in (CPU, *STAND_INS, found.provider):
         job.notices.append(f"{job.target.provider} is not here: what is expected is what the CPU makes of the same "
                            "operators; run onnxq verify on the device")
