@@ -26,6 +26,7 @@ from onnxq.runtime.machine import STAND_INS, checking, session_options, target_h
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions
+from onnxq.targets import Target
 from onnxq.version import VERSION
 
 _KEPT = ("scheme", "size", "latency", "accuracy", "environment")  # what a manifest has of a report
@@ -43,9 +44,9 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     expected output is that of the model there, or on the CPU where this machine is not the target, on the first row of
     `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of its compilation
     (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform` arm or amd64
-    and `optimization` fixed or runtime are those of ORT format. Returns what was written and how far each
-    exported model is from the expected output; `failures` is empty where all are within what is allowed. Raises
-    UsageError for a wrong call, and the other OnnxqErrors for what can't be exported.
+    and `optimization` fixed or runtime are those of ORT format, `soc` the chip of format ascend. Returns what was
+    written and how far each exported model is from the expected output; `failures` is empty where all are within what
+    is allowed. Raises UsageError for a wrong call, and the other OnnxqErrors for what can't be exported.
     """
     source, folder = Path(model), _named(model, output, format)
     _check(format, platform, optimization, report, float_model, eval)
@@ -53,10 +54,7 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     bar = progress or Silent()
     bar.stage("load")
     header = read_header(source)
-    here = target_here(target or (format if format in ("ascend", "web") else "cpu"))
-    if format in ("ort", "web") and here.provider not in (CPU, WASM):
-        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {here.name} runs on "
-                         f"{here.provider}; leave --target out")
+    here = _target(target, format)
     _check_folder(folder, force)
     measured = _measured(source, report, float_model, eval, metric, threads, here.name, bar)
     try:
@@ -82,6 +80,15 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
         "model": str(source), "output": str(folder), "format": format, "sample": manifest.sample_source,
         "models": rows, "failures": failures, "notices": job.notices, "ok": not failures,
         "size": {"model": stored_bytes(source), **sizes}})
+    return found
+
+
+def _target(name: str | None, format: str) -> Target:
+    """The target of an export: by name, or the one that the format is for. Raises UsageError."""
+    found = target_here(name or (format if format in ("ascend", "web") else "cpu"))
+    if format in ("ort", "web") and found.provider not in (CPU, WASM):
+        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {found.name} runs on "
+                         f"{found.provider}; leave --target out")
     return found
 
 
