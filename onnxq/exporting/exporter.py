@@ -40,7 +40,7 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
            progress: Progress | None = None) -> dict[str, Any]:
     """Write `model` into the folder `output` (MODEL-FORMAT beside it by default) in one of FORMATS, and run it there.
 
-    The models run on `target` (web for a page, else cpu), with `threads` and the session entries of `config`. The
+    The models run on `target` (that of the format, else cpu), with `threads` and the session entries of `config`. The
     expected output is that of the model there, or on the CPU where this machine is not the target, on the first row of
     `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of its compilation
     (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform` arm or amd64
