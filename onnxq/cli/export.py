@@ -58,7 +58,7 @@ def _entries(context: click.Context, parameter: click.Parameter, values: tuple[s
               help="Of ORT format: fixed makes all optimizations now; runtime saves some, for providers that take a "
                    "part of the graph first, such as NNAPI and CoreML.")
 @click.option("--target", type=click.Choice(list(TARGETS)),
-              help="Where the model will run; onnxq targets tells of each.  [default: web for a page, else cpu]")
+              help="Where the model will run; onnxq targets tells of each.  [default: that of the format, else cpu]")
 @threads_option
 @click.option("--session", "config", metavar="KEY=VALUE", multiple=True, callback=_entries,
               help="A session configuration entry of onnxruntime for the device; may be repeated.")

@@ -22,10 +22,11 @@ from onnxq.graph import Header, read_header, stored_bytes
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import plain
-from onnxq.runtime.machine import STAND_INS, session_options, target_here
+from onnxq.runtime.machine import STAND_INS, checking, session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions
+from onnxq.targets import Target
 from onnxq.version import VERSION
 
 _KEPT = ("scheme", "size", "latency", "accuracy", "environment")  # what a manifest has of a report
@@ -39,13 +40,13 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
            progress: Progress | None = None) -> dict[str, Any]:
     """Write `model` into the folder `output` (MODEL-FORMAT beside it by default) in one of FORMATS, and run it there.
 
-    The models run on `target` (web for a page, else cpu), with `threads` and the session entries of `config`. The
+    The models run on `target` (that of the format, else cpu), with `threads` and the session entries of `config`. The
     expected output is that of the model there, or on the CPU where this machine is not the target, on the first row of
-    `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of
-    its compilation (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform`
-    arm or amd64 and `optimization` fixed or runtime are those of ORT format. Returns what was written and how far each
-    exported model is from the expected output; `failures` is empty where all are within what is allowed. Raises
-    UsageError for a wrong call, and the other OnnxqErrors for what can't be exported.
+    `sample` (DATA; of made input where it is None). Accuracy and speed come from the `report` of its compilation
+    (report.json or its folder), or are measured against `float_model` on `eval` by `metric`. `platform` arm or amd64
+    and `optimization` fixed or runtime are those of ORT format, `soc` the chip of format ascend. Returns what was
+    written and how far each exported model is from the expected output; `failures` is empty where all are within what
+    is allowed. Raises UsageError for a wrong call, and the other OnnxqErrors for what can't be exported.
     """
     source, folder = Path(model), _named(model, output, format)
     _check(format, platform, optimization, report, float_model, eval)
@@ -53,10 +54,7 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     bar = progress or Silent()
     bar.stage("load")
     header = read_header(source)
-    here = target_here(target or (format if format in ("ascend", "web") else "cpu"))
-    if format in ("ort", "web") and here.provider not in (CPU, WASM):
-        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {here.name} runs on "
-                         f"{here.provider}; leave --target out")
+    here = _target(target, format)
     _check_folder(folder, force)
     measured = _measured(source, report, float_model, eval, metric, threads, here.name, bar)
     try:
@@ -85,9 +83,21 @@ def export(model: str | Path, output: str | Path | None = None, *, format: str =
     return found
 
 
+def _target(name: str | None, format: str) -> Target:
+    """The target of an export: by name, or the one that the format is for. Raises UsageError."""
+    found = target_here(name or (format if format in ("ascend", "web") else "cpu"))
+    if format in ("ort", "web") and found.provider not in (CPU, WASM):
+        raise UsageError(f"--format {format} is for onnxruntime's CPU kernels, and {found.name} runs on "
+                         f"{found.provider}; leave --target out")
+    return found
+
+
 def _options(job: Job, threads: int) -> SessionOptions:
     """How the models run here: as on the device, or by the CPU's kernels where this machine lacks its provider."""
     found = session_options(job.target, threads)
+    if checking(job.target, threads).by_twin:
+        job.notices.append(f"int8 may saturate on this processor, and does not on {job.target.name}: what is expected "
+                           "is what this one gives; where onnxq verify fails on the device, export the model there")
     if job.target.provider not in (CPU, *STAND_INS, found.provider):
         job.notices.append(f"{job.target.provider} is not here: what is expected is what the CPU makes of the same "
                            "operators; run onnxq verify on the device")

@@ -71,7 +71,8 @@ def test_the_command_line_of_atc(written):
     text = (folder / "atc.sh").read_text()
     sizes = {CNN: "image:4,1,16,16", TEXT: "input_ids:2,64;attention_mask:2,64"}[name]
     for part in ("--framework=5", "--model=deploy.onnx", '--soc_version="${1:-Ascend310P3}"',
-                 f'--input_shape="{sizes}"', f"--input_format={'NCHW' if name == CNN else 'ND'}", "--precision_mode_v2=fp16"):
+                 f'--input_shape="{sizes}"', f"--input_format={'NCHW' if name == CNN else 'ND'}",
+                 "--precision_mode_v2=fp16"):
         assert part in text
     fake = folder.parent / "bin"
     fake.mkdir(exist_ok=True)

@@ -329,6 +329,19 @@ def test_a_target_that_is_not_here(tmp_path: Path) -> None:
         export(path, tmp_path / "ort", format="ort", target="cann")
 
 
+def test_a_processor_that_saturates_where_the_device_does_not(model: Path, tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxq.runtime import machine
+
+    for saturates in (True, False):
+        monkeypatch.setattr(machine, "saturates", lambda: saturates)  # noqa: B023
+        monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+        found = export(model, tmp_path / "arm", target="cpu-arm64", sample=SAMPLE, force=True)
+        assert found["ok"]
+        assert any(n.startswith("int8 may saturate on this processor, and does not on cpu-arm64") for n in
+                   found["notices"]) is saturates
+
+
 def test_a_folder_is_replaced_only_where_it_is_an_export(model: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists; give --force to replace it"):
         export(model, bundle, sample=SAMPLE)
