@@ -19,7 +19,8 @@ from onnxq.graph import load
 from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import measure
-from onnxq.runtime.session import Session, SessionOptions
+from onnxq.runtime.machine import session_options, target_here
+from onnxq.runtime.session import Session
 from onnxq.version import VERSION
 
 BLOCK_SECONDS = 0.6
@@ -27,12 +28,12 @@ BLOCK_SECONDS = 0.6
 
 def bench(model: str | Path, other: str | Path | None = None, *, data: Any = None,
           shapes: Mapping[str, int] | None = None, threads: int = 0, batch: int | None = None,
-          progress: Progress | None = None) -> dict[str, Any]:
+          target: str = "cpu", progress: Progress | None = None) -> dict[str, Any]:
     """Milliseconds per run, for two models in alternating blocks with the ratio model / other, and peak memory.
 
-    Inputs come from the first batch of `data`, or are random with dynamic axes as `shapes` says (axis name -> size).
-    Peak memory is of a process of its own per model, in bytes. Raises UsageError for shapes beside data and for axes
-    that the model does not have.
+    Both run on the provider of `target`. Inputs come from the first batch of `data`, or are random with dynamic axes as
+    `shapes` says (axis name -> size). Peak memory is of a process of its own per model, in bytes. Raises
+    UsageError for shapes beside data and for axes that the model does not have.
     """
     if shapes and data is not None:
         raise UsageError("--shape sizes random inputs; leave it out with --data, whose shapes are what they are")
@@ -41,7 +42,7 @@ def bench(model: str | Path, other: str | Path | None = None, *, data: Any = Non
     ports = _sized(load(model).ports(), shapes or {})
     given = open_data(data if data is not None else "random", ports)
     feeds = verification.first_feeds(given, batch, 1)
-    options = SessionOptions(threads=threads)
+    options = session_options(target_here(target), threads, must=True)
     bar.stage("measure")
     found: dict[str, Any] = {
         "model": str(model), "other": str(other) if other is not None else None,
@@ -56,7 +57,7 @@ def bench(model: str | Path, other: str | Path | None = None, *, data: Any = Non
         found |= {"a_ms": timing.a_ms, "b_ms": timing.b_ms, "ratio": timing.ratio, "low": timing.ratio_low,
                   "high": timing.ratio_high}
     bar.stage("memory")
-    found["peak_memory_bytes"] = {key: peak_memory(path, feeds[0], threads)
+    found["peak_memory_bytes"] = {key: peak_memory(path, feeds[0], threads, target)
                                   for key, path in (("a", model), ("b", other)) if path is not None}
     found["environment"] = {"onnxq": VERSION, **measure.environment()}
     return found
@@ -73,12 +74,12 @@ def _sized(ports: list[Port], shapes: Mapping[str, int]) -> list[Port]:
                     if p.shape is not None else None) for p in ports]
 
 
-def peak_memory(model: str | Path, feed: Mapping[str, np.ndarray[Any, Any]], threads: int) -> int:
+def peak_memory(model: str | Path, feed: Mapping[str, np.ndarray[Any, Any]], threads: int, target: str) -> int:
     """Peak resident bytes of a fresh process that loads a model and runs it three times."""
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = Path(folder) / "feed.npz"
         np.savez(path, **feed)  # type: ignore[arg-type]
-        call = [sys.executable, "-m", "onnxq.runtime.once", str(model), str(path), str(threads)]
+        call = [sys.executable, "-m", "onnxq.runtime.once", str(model), str(path), str(threads), target]
         done = subprocess.run(call, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ModelError(f"{model} can't be run in a process of its own ({done.stderr.strip().splitlines()[-1:]}); "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import presets, verification
+from onnxq.aiming import aim
 from onnxq.explanation import codes
 from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
 from onnxq.numerics import dtypes
@@ -19,15 +20,15 @@ from onnxq.planner.outline import outline
 from onnxq.runtime.machine import target_here
 
 
-def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> dict[str, Any]:
+def inspect(model: str | Path, *, scheme: str | None = None, target: str = "cpu") -> dict[str, Any]:
     """A model's ports, operators and weights (bytes by dtype), and each node's verdict under a scheme.
 
-    `int8_share` is the share of float weights that the scheme would turn into int8. Verdicts are those of the
-    planner: a compilation also measures, and may leave float what does not pay. Raises UsageError for an unknown
-    scheme or target, and what loading a model raises.
+    `scheme` None is the target's. `int8_share` is the share of float weights that the scheme would turn into int8.
+    Verdicts are those of the planner: a compilation also measures, and may leave float what does not pay. Raises
+    UsageError for an unknown scheme or target, and what loading a model raises.
     """
     here = target_here(target)
-    recipe = presets.named(scheme)
+    recipe = aim(presets.named(scheme or here.scheme), here)
     graph = load(model)
     operators = Counter(_operator(node) for node, _ in graph.walk())
     ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}
@@ -38,7 +39,7 @@ def inspect(model: str | Path, *, scheme: str = "w8a8", target: str = "cpu") -> 
     nodes = outline(graph, recipe, here).nodes
     rows = [verification.row(n) for n in nodes.values()]
     codes.connect(rows, nodes, graph)
-    return {"model": str(model), "scheme": scheme, "target": target, "opset": graph.opset, **ports,
+    return {"model": str(model), "scheme": recipe.scheme.name, "target": target, "opset": graph.opset, **ports,
             "operators": dict(operators.most_common()), "weight_bytes": dict(by_dtype.most_common()),
             "int8_share": _int8_share(nodes, _weights(graph)),
             "nodes": [row.to_dict() for row in rows]}

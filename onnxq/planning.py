@@ -159,11 +159,10 @@ class Planning:
 
     def _file_bytes(self, plan: Plan) -> int:
         """What the model that a Plan makes takes on disk, with what is noted in it."""
-        graph, context = self.graph_for(plan), Context(self.target, plan)
-        PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
+        graph = self._lowered(plan)
         with contextlib.suppress(GraphError):  # as the compiler does; codes then take a byte each
             graph = raise_opset(graph, opset_for_codes(plan, self.target))
-        PassManager(pack(weights=False)).run(graph, context)
+        PassManager(pack(weights=False)).run(graph, Context(self.target, plan))
         return file_bytes(graph) + len(json.dumps(self.recipe.to_dict())) + _NOTED
 
     def _finished(self, found: Outline) -> Plan:
@@ -179,14 +178,19 @@ class Planning:
             masks.use_floor(self.hiding, plan, name)
         return self._without_dropped(plan)
 
+    def _lowered(self, plan: Plan) -> Graph:
+        """The graph that a Plan makes, but for what makes float16 and fewer bytes of it."""
+        graph = self.graph_for(plan)
+        steps = [*transform(plan.dropped), *quantize(), *lower(self.output_format)]
+        PassManager(steps).run(graph, Context(self.target, plan))
+        return graph
+
     def halve(self, plan: Plan) -> None:
         """Decide what stays float32 on a target that computes in float16."""
         if self.target.floats != "float16":
             return
         with self.stage("float16"):
-            graph, context = self.graph_for(plan), Context(self.target, plan)
-            PassManager([*transform(plan.dropped), *quantize(), *lower(self.output_format)]).run(graph, context)
-            plan.wide, plan.limits = halving.decide(graph)
+            plan.wide, plan.limits = halving.decide(self._lowered(plan))
         for name, why in plan.wide.items():
             if name in plan.nodes:
                 plan.nodes[name] = replace(plan.nodes[name], reason=f"{plan.nodes[name].reason}; float32: {why}")

@@ -206,7 +206,7 @@ def latency(reference: str | Path, compiled: str | Path, feeds: Sequence[Feed], 
     done = itertools.count(1)
     bar = progress or Silent()
     bar.total(ROUNDS)
-    timing = measure.compare_models(Session(reference, SessionOptions(threads=options.threads)),
+    timing = measure.compare_models(Session(reference, replace(options, config=())),
                                     Session(compiled, options), list(feeds), block_seconds=BLOCK_SECONDS, rounds=ROUNDS,
                                     progress=lambda: bar.step(next(done)))
     shapes = {k: list(v.shape) for k, v in feeds[0].items()}

@@ -71,6 +71,7 @@ def verify_models(float_model: str, compiled: str | None, as_json: bool, quiet: 
 @click.option("--data", metavar="DATA", help=f"What to feed: {DATA}.  [default: random]")
 @click.option("--shape", "shapes", metavar="AXIS=N", multiple=True, callback=axes,
               help="The size of a free axis of the inputs; may be repeated.")
+@target_option
 @threads_option
 @json_option
 @debug_option
@@ -83,6 +84,7 @@ def bench_models(model: str, other: str | None, shapes: dict[str, int], threads:
       onnxq bench model.onnx
       onnxq bench model.onnx model.w8a8.onnx --threads 2
       onnxq bench model.onnx model.w8a8.onnx --shape batch=8 --shape seq=64
+      onnxq bench model.onnx model.w8a16.onnx --target cuda
     """
     from onnxq.bench import bench
 
@@ -92,30 +94,35 @@ def bench_models(model: str, other: str | None, shapes: dict[str, int], threads:
 
 @click.command("inspect", short_help="Tell what is in a model and what can be quantized.")
 @click.argument("model", metavar="MODEL")
-@click.option("--scheme", metavar="NAME", default="w8a8", show_default=True, help="The scheme whose verdicts to show.")
+@click.option("--scheme", metavar="NAME",
+              help="The scheme whose verdicts to show.  [default: the target's, for cpu w8a8]")
+@target_option
 @json_option
 @debug_option
-def inspect_model(model: str, scheme: str, as_json: bool) -> None:
+def inspect_model(model: str, scheme: str | None, target: str, as_json: bool) -> None:
     """Tell what is in MODEL, which nodes a scheme would quantize, and why not the others; nothing is run.
 
     \b
     Examples:
       onnxq inspect model.onnx
       onnxq inspect model.onnx --scheme w8a8-dynamic --json
+      onnxq inspect model.onnx --target tensorrt
     """
     from onnxq.inspection import inspect
 
-    found = inspect(model, scheme=scheme)
+    found = inspect(model, scheme=scheme, target=target)
     print_json(found) if as_json else print_text(terminal.inspection(found))
 
 
 @click.command("explain", short_help="Tell one node's story: what became of it, and why.")
 @click.argument("source", metavar="MODEL|REPORT")
 @click.argument("node", metavar="NODE")
-@click.option("--scheme", metavar="NAME", help="The scheme whose verdict to show, of a float model.  [default: w8a8]")
+@click.option("--scheme", metavar="NAME",
+              help="The scheme whose verdict to show, of a float model.  [default: the target's, for cpu w8a8]")
+@target_option
 @json_option
 @debug_option
-def explain_node(source: str, node: str, scheme: str | None, as_json: bool) -> None:
+def explain_node(source: str, node: str, scheme: str | None, target: str, as_json: bool) -> None:
     """Tell what becomes of NODE and why: its verdict, its tensors with their scales and ranges, what ran, what is
     around it. NODE is a node's name, a tensor that it makes, a glob, or the end of a name that no other has.
 
@@ -131,5 +138,5 @@ def explain_node(source: str, node: str, scheme: str | None, as_json: bool) -> N
     """
     from onnxq.explanation.explain import explain
 
-    found = explain(source, node, scheme=scheme)
+    found = explain(source, node, scheme=scheme, target=target)
     print_json(found) if as_json else print_text(terminal.explanation(found))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq import presets, verification
+from onnxq.aiming import aim
 from onnxq.calibration.readers import open_data
 from onnxq.errors import ModelError, OnnxqError, UsageError
 from onnxq.explanation import codes, lookup
@@ -47,7 +48,6 @@ from onnxq.runtime.session import SessionOptions
 from onnxq.schemes import Scheme
 from onnxq.targets import Target
 
-DEFAULT_SCHEME = "w8a8"
 _FEW = 8  # elements of a stored tensor that are shown one by one
 _WITH_CHANNELS = frozenset({"Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
 # what compiling appends to a tensor's name
@@ -59,9 +59,9 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
     """What becomes of one node and why: verdict, tensors with their scales and ranges, neighbours, what ran.
 
     `source` is a report.json of a compilation, the folder that holds it, or a model. Of a float model it gives the
-    planner's verdict under `scheme` (None: w8a8) and runs nothing; of a model that holds codes the operators as they
-    are, and what onnxruntime makes of them on random inputs. `node` is the node's name, a tensor that it makes, a glob,
-    or the end of a name that no other has. Raises UsageError when it stands for no node or for several, or when a
+    planner's verdict under `scheme` (None: the target's) and runs nothing; of a model that holds codes the operators as
+    they are, and what onnxruntime makes of them on random inputs. `node` is the node's name, a tensor that it makes, a
+    glob, or the end of a name that no other has. Raises UsageError when it stands for no node or for several, or when a
     scheme is given for what has one; ModelError for a source that can't be read.
     """
     here = target_here(target)
@@ -77,7 +77,7 @@ def explain(source: str | Path, node: str, *, scheme: str | None = None, target:
                 raise UsageError(f"{path} is quantized already; leave out --scheme, or name the float model")
             story = _of_compiled(path, graph, node, here)
         else:
-            story = _of_float(path, graph, node, presets.named(scheme or DEFAULT_SCHEME), here)
+            story = _of_float(path, graph, node, aim(presets.named(scheme or here.scheme), here), here)
     found: dict[str, Any] = plain(dataclasses.asdict(story))
     return found
 
