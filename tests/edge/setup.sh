@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts what the tests marked `edge` need into the folder that it is given, for pytest --edge DIR: onnxruntime for
+# Puts what the tests marked `edge` need into the folder that it is given, for pytest --edge=DIR: onnxruntime for
 # JavaScript, onnxruntime's C++ headers, and by the system's packages node, npm, a compiler and a headless Chromium.
 set -euo pipefail
 folder=${1:?usage: tests/edge/setup.sh DIR}

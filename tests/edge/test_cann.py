@@ -21,7 +21,7 @@ CNN = MODELS / "digits_cnn"
 def python(request: pytest.FixtureRequest) -> Path:
     found = Path(request.config.getoption("--edge") or "").resolve() / "cann" / "bin" / "python"
     if not found.exists():
-        pytest.skip("no environment with onnxruntime-cann; run tests/edge/setup.sh DIR, then pytest --edge DIR")
+        pytest.skip("no environment with onnxruntime-cann; run tests/edge/setup.sh DIR, then pytest --edge=DIR")
     return found
 
 

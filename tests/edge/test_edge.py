@@ -33,7 +33,7 @@ EACH = pytest.mark.parametrize(("name", "scheme"), MODELS, ids=[f"{name}-{scheme
 
 
 PROGRAMS = Path(onnxq.__file__).parent / "exporting" / "smoke"
-HOW = "run tests/edge/setup.sh DIR, then pytest --edge DIR"
+HOW = "run tests/edge/setup.sh DIR, then pytest --edge=DIR"
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from onnxq.runtime.session import Session, SessionOptions
 
 pytestmark = pytest.mark.edge
 
-HOW = "run tests/edge/setup.sh DIR, then pytest --edge DIR"
+HOW = "run tests/edge/setup.sh DIR, then pytest --edge=DIR"
 RUN = """
 import sys, numpy as np, onnxruntime
 options = onnxruntime.SessionOptions()
