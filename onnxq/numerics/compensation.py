@@ -6,12 +6,15 @@ a t is nearest to x w are what its codes should stand for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxq.numerics.rounding import CHUNK, Floats, Hessian
+
+_STILL = 1e-5  # of an input's squares: what float32 leaves of the variance of a constant
 
 
 class Drift:
@@ -53,22 +56,70 @@ class Drift:
         return self._own.result()
 
     def target(self, w: npt.NDArray[np.float32], damping: float) -> npt.NDArray[np.float32]:
+        """The weights that make up for what is off; see Sums.target."""
+        return self.sums().target(w, damping)
+
+    def sums(self) -> Sums:
+        """What was seen."""
+        own = self._own.result()
+        return Sums(own, self._cross.copy() if self._cross.size else None, np.zeros(len(own)), np.zeros(len(own)))
+
+    def centred(self) -> Sums:
+        """What was seen of all inputs but the last one, which was always 1, about their means.
+
+        Inputs that never moved, but for the rounding of float32, have sums of 0.
+        """
+        own = self._own.result()
+        count, total = own[-1, -1], own[-1, :-1]
+        mean = total / max(count, 1.0)
+        about = own[:-1, :-1] - np.outer(total, mean)
+        still = about.diagonal() <= _STILL * own.diagonal()[:-1]
+        about[still] = about[:, still] = 0.0
+        if not self._cross.size:
+            return Sums(about, None, mean, mean)
+        before = self._cross[-1, :-1] / max(count, 1.0)
+        cross = self._cross[:-1, :-1] - np.outer(total, before)
+        cross[still] = 0.0
+        return Sums(about, cross, mean, before)
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """a^T a (`own`) and a^T x (`cross`, None: a is x), float64 [K, K], about means float64 [K] of a (`mean`) and x
+    (`before`), or about 0."""
+
+    own: Floats
+    cross: Floats | None
+    mean: Floats
+    before: Floats
+
+    def target(self, w: npt.NDArray[np.float32], damping: float) -> npt.NDArray[np.float32]:
         """t float32 [K, N], which minimises |a t - x w|^2 + damping * mean(diag(a^T a)) * |t - w|^2.
 
         Inputs that were always 0 keep their weights. Source: ridge regression about w; as the target of GPTQ,
         asymmetric calibration (arXiv 2504.02692).
         """
-        own = self._own.result()
-        diagonal = own.diagonal()
+        diagonal = self.own.diagonal()
         live = np.flatnonzero(diagonal > 0)
-        if not live.size or not self._cross.size:
+        if not live.size or self.cross is None:
             return w
-        part = own[np.ix_(live, live)]
+        part = self.own[np.ix_(live, live)]
         ridge = damping * float(diagonal[live].mean())
         wanted = w[live].astype(np.float64)
         # of what has to change: t = w + (a^T a + ridge)^-1 (a^T x - a^T a) w
         change = np.linalg.solve(part + ridge * np.eye(live.size),
-                                 (self._cross - own)[np.ix_(live, live)] @ wanted)
+                                 (self.cross - self.own)[np.ix_(live, live)] @ wanted)
         found = np.array(w, np.float32)
         found[live] += change.astype(np.float32)
         return found
+
+    def without_last(self) -> Sums:
+        """Of all inputs but the last one."""
+        cross = self.cross[:-1, :-1] if self.cross is not None else None
+        return Sums(self.own[:-1, :-1], cross, self.mean[:-1], self.before[:-1])
+
+    def shift(self, w: npt.NDArray[np.float32], kept: npt.NDArray[np.int64],
+              fitted: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """What to add to each output of `fitted` [K', N], on the inputs `kept` of a, for the mean of those of w [K, N]
+        on x: float32 [N]."""
+        return np.asarray(self.before @ w - self.mean[kept] @ fitted, np.float32)

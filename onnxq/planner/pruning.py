@@ -188,10 +188,11 @@ def _up_to(graph: Graph, readings: Sequence[Reading]) -> Graph:
 
 
 class Seen:
-    """What layers read by one view: in float, or `paired`: as what is pruned makes it, and then in float."""
+    """What layers read by one view: in float, or `paired`: as what is pruned makes it, and then in float; with a
+    `constant` 1 behind each row, if wanted."""
 
-    def __init__(self, view: View, paired: bool) -> None:
-        self.view, self.paired, self.drift = view, paired, Drift()
+    def __init__(self, view: View, paired: bool, constant: bool = False) -> None:
+        self.view, self.paired, self.constant, self.drift = view, paired, constant, Drift()
         self._drawing = Drawing(view)
 
     def update(self, x: Floats) -> None:
@@ -199,7 +200,10 @@ class Seen:
         parts = np.split(x, 2, axis=-1) if self.paired else [x]
         wanted = self._drawing.next(parts[0])
         if wanted.size:
-            self.drift.update(*(self.view.rows(part, wanted) for part in parts))
+            rows = [self.view.rows(part, wanted) for part in parts]
+            if self.constant:
+                rows = [np.pad(row, ((0, 0), (0, 1)), constant_values=1) for row in rows]
+            self.drift.update(*rows)
 
 
 @dataclass

@@ -14,11 +14,12 @@ from lowering_support import CPU, MODELS, canonical
 import onnxq
 from onnxq import Plan
 from onnxq.errors import RecipeError, UsageError
-from onnxq.graph import save, shape_of
+from onnxq.graph import Graph, save, shape_of
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.plan import Narrowed
 from onnxq.planner import narrowing
+from onnxq.planner.narrowable import candidates
 from onnxq.sparsity import Sparsity
 
 C = 64
@@ -67,7 +68,8 @@ def test_the_others_compute_what_they_did(opened: Opener, form: str, tmp_path: P
     graph = canonical(opened(make()))
     [last] = [n for n in graph.nodes if n.name == layer]
     weight = np.asarray(graph.read(last.inputs[1]))
-    narrow = Narrowed(last.inputs[0].name, (layer,), axis, C, kept, (weight.take(kept, axis=0 if axis < 0 else 1),))
+    narrow = Narrowed(last.inputs[0].name, (layer,), C, kept, (weight.take(kept, axis=0 if axis < 0 else 1),),
+                      (np.zeros(0, np.float32),))
     context = Context(CPU, Plan("", "", narrowed={narrow.tensor: narrow}))
     assert RemoveChannels().run(graph, context)
     assert not RemoveChannels().run(graph, context), "a second run edits nothing"
@@ -80,18 +82,22 @@ def test_the_others_compute_what_they_did(opened: Opener, form: str, tmp_path: P
     assert {40, C} & {d for n in graph.nodes for t in n.outputs for d in shape_of(t) or ()} == {40}
 
 
+def names(graph: Graph, *spared: str) -> list[str]:
+    """Tensors that lose channels."""
+    return [one.readings[0].tensor for one in candidates(graph, frozenset(spared))[0]]
+
+
 def test_what_is_read_elsewhere_or_spared_is_no_candidate(opened: Opener) -> None:
     graph = canonical(opened(gated()))
-    assert [group.name for group in narrowing.candidates(graph, frozenset())] == ["t"]
-    assert narrowing.candidates(graph, frozenset({"down"})) == []
-    assert narrowing.candidates(graph, frozenset({"MatMul_v"})) == [], "a layer above is to stay"
+    assert names(graph) == ["t"]
+    assert names(graph, "down") == []
+    assert names(graph, "MatMul_v") == [], "a layer above is to stay"
     seen = gated()
     seen.graph.output.append(onnx.helper.make_empty_tensor_value_info("k"))
-    assert narrowing.candidates(canonical(opened(seen)), frozenset()) == []
+    assert names(canonical(opened(seen))) == []
     # the last Conv sees a part of the channels; the depthwise one is no layer that channels are taken from
-    assert [g.name for g in narrowing.candidates(canonical(opened(convs(groups=2))), frozenset())] == []
-    names = [g.name for g in narrowing.candidates(canonical(opened(convs())), frozenset())]
-    assert len(names) == 1
+    assert names(canonical(opened(convs(groups=2)))) == []
+    assert len(names(canonical(opened(convs())))) == 1
 
 
 @pytest.mark.parametrize(("channels", "share", "left"), [
@@ -119,7 +125,7 @@ def test_half_the_channels_go_and_little_is_lost(tmp_path: Path, form: str, sche
     assert report.ok, report.verdict.failures
     plan = Plan.load(tmp_path / "plan")
     [one] = plan.narrowed.values()
-    assert (one.channels, len(one.kept)) == (C, 32)
+    assert (one.count, len(one.kept)) == (C, 32)
     assert [w.shape[0 if form == "gated" else 1] for w in one.weights] == [32]
     [row] = [n for n in report.nodes if n.name == FORMS[form][1]]
     assert "32 of the 64 channels of its input are taken out" in row.reason
@@ -172,12 +178,14 @@ def test_the_projects_encoder_is_faster_by_products_that_are_gone(tmp_path: Path
     assert all(one.cosine > 0.9 for one in report.accuracy.outputs.values())
 
 
-def test_constants_along_another_axis_and_computed_biases_are_no_channels(opened: Opener) -> None:
+def test_constants_along_another_axis_are_no_channels_and_computed_biases_keep_them(opened: Opener) -> None:
     """A number for each place of 32 places, of 32 channels; what a Gemm adds that is computed."""
     along = make_model([node("Conv", "x a", "h", name="first"), node("Add", "h p", "r"), node("Relu", "r", "t"),
                         node("Conv", "t w", "y", name="last")], {"x": [1, 4, 32]}, {"y": None},
                        {"a": random(32, 4, 1), "p": random(32), "w": random(8, 32, 1)})
-    assert narrowing.candidates(canonical(opened(along)), frozenset()) == []
+    graph = canonical(opened(along))
+    [one] = candidates(graph, frozenset())[0]
+    assert set(one.family.constants) == {("first", 1)}
     for nodes in ([node("Gemm", "x a c", "h"), node("Relu", "h", "t"), node("Gemm", "t w", "y")],
                   [node("Gemm", "x a", "h"), node("Relu", "h", "t"), node("Gemm", "t v t", "y")]):
         used = {name for n in nodes for name in n.input}
@@ -185,7 +193,7 @@ def test_constants_along_another_axis_and_computed_biases_are_no_channels(opened
         inputs = {"x": [3, C], "c": [3, C]}
         model = make_model(nodes, {k: v for k, v in inputs.items() if k in used}, {"y": None},
                            {k: v for k, v in stored.items() if k in used})
-        assert narrowing.candidates(canonical(opened(model)), frozenset()) == []
+        assert names(canonical(opened(model))) == []
 
 
 def test_what_was_narrowed_is_narrowed_again(tmp_path: Path) -> None:
