@@ -18,7 +18,8 @@ _STILL = 1e-5  # of an input's squares: what float32 leaves of the variance of a
 
 
 class Drift:
-    """Running sums a^T a (`own`) and a^T x (`cross`), float64 [K, K], over rows a and x [R, K]."""
+    """Running sums a^T a (`own`), float64 [K', K'], and a^T x (`cross`), float64 [K', K], over rows a [R, K'] and
+    x [R, K]; K' is K but for a layer that is narrowed already."""
 
     def __init__(self) -> None:
         self._own = Hessian()
@@ -37,11 +38,11 @@ class Drift:
         if x is None:
             self._own.update(a)
             return
-        if a.shape != x.shape:
+        if a.shape[:-1] != x.shape[:-1]:
             raise ValueError(f"rows {list(a.shape)} and {list(x.shape)} don't pair; pass the same rows of both")
         self._own.update(a)
         if not self._cross.size:
-            self._cross = np.zeros((a.shape[-1], a.shape[-1]))
+            self._cross = np.zeros((a.shape[-1], x.shape[-1]))
         for first in range(0, len(a), CHUNK):
             self._cross += a[first:first + CHUNK].T @ x[first:first + CHUNK]
 
@@ -77,7 +78,7 @@ class Drift:
         about[still] = about[:, still] = 0.0
         if not self._cross.size:
             return Sums(about, None, mean, mean)
-        before = self._cross[-1, :-1] / max(count, 1.0)
+        before: Floats = self._cross[-1, :-1] / max(count, 1.0)
         cross = self._cross[:-1, :-1] - np.outer(total, before)
         cross[still] = 0.0
         return Sums(about, cross, mean, before)
@@ -85,8 +86,8 @@ class Drift:
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """a^T a (`own`) and a^T x (`cross`, None: a is x), float64 [K, K], about means float64 [K] of a (`mean`) and x
-    (`before`), or about 0."""
+    """a^T a (`own`), float64 [K', K'], and a^T x (`cross`, None: a is x), float64 [K', K], about means of a (`mean`,
+    float64 [K']) and of x (`before`, float64 [K]), or about 0."""
 
     own: Floats
     cross: Floats | None
@@ -111,6 +112,22 @@ class Sums:
                                  (self.cross - self.own)[np.ix_(live, live)] @ wanted)
         found = np.array(w, np.float32)
         found[live] += change.astype(np.float32)
+        return found
+
+    def fitted(self, w: npt.NDArray[np.float32], start: npt.NDArray[np.float32],
+               damping: float) -> npt.NDArray[np.float32]:
+        """t float32 [K', N], which minimises |a t - x w|^2 + damping * mean(diag(a^T a)) * |t - start|^2, w [K, N].
+
+        Inputs that were always 0 keep the weights of `start`.
+        """
+        diagonal = self.own.diagonal()
+        live = np.flatnonzero(diagonal > 0)
+        found = np.array(start, np.float32)
+        if live.size and self.cross is not None:
+            ridge = damping * float(diagonal[live].mean())
+            change = self.cross[live] @ w - self.own[live] @ start
+            found[live] += np.linalg.solve(self.own[np.ix_(live, live)] + ridge * np.eye(live.size),
+                                           change).astype(np.float32)
         return found
 
     def without_last(self) -> Sums:

@@ -21,6 +21,7 @@ from onnxq.passes.transform.remove_channels import RemoveChannels, bias_of
 from onnxq.plan import Narrowed, Plan
 from onnxq.planner.narrowable import Candidate, Stays, candidates
 from onnxq.planner.pruning import Calibrated, Seen
+from onnxq.planner.refitting import Columns, refit
 from onnxq.planner.scales import finite
 from onnxq.recipe import Calibration
 from onnxq.sparsity import Sparsity
@@ -90,19 +91,39 @@ def narrow(graph: Graph, asked: Sparsity, spared: Collection[str], by: Calibrate
     """Take the shares that are asked for out of what goes together: those that the others make up for best.
 
     One family after the other, by the first layer that reads it: its layers are observed with all before them narrowed,
-    and make up for what those are off by. Tensors of which no rows are seen stay as they are. Raises ModelError for
-    weights with NaN or infinities.
+    and make up for what those are off by; at the end for what went above them later, too. Tensors of which no rows are
+    seen stay as they are. Raises ModelError for weights with NaN or infinities.
     """
     found, stays = candidates(graph, frozenset(spared))
     made: list[Taken] = []
+    columns: dict[str, Columns] = {}
     current = graph.copy()
     for one in found:
         counts = _counts(one, asked)
         drifts = _observed(graph, current, one, made, by, how) if any(counts) else {}
         if drifts and all(drift.count for drift in drifts.values()):
             made.append(_removed(current, one, drifts, counts))
+            _note(graph, one, made[-1].rewrite, columns)
             RemoveChannels().run(current, Context(plan=Plan("", "", narrowed=Narrowing((made[-1],)).rewrites)))
+    fitted = refit(graph, current, [one.rewrite for one in made], columns, by, how)
+    made = [replace(one, rewrite=rewrite) for one, rewrite in zip(made, fitted, strict=True)]
     return Narrowing(tuple(made), tuple(stays) if asked.channels_share else ())
+
+
+def _note(graph: Graph, one: Candidate, rewrite: Narrowed, columns: dict[str, Columns]) -> None:
+    """Note the outputs that layers have left."""
+    nodes = {n.name: n for n in graph.nodes}
+    stays = np.zeros(rewrite.count, bool)
+    stays[rewrite.kept] = True
+    made = {name: np.flatnonzero(stays[part.ids]) for (name, index), part in one.family.constants.items()
+            if index == 1 and nodes[name].op in ("Conv", "MatMul", "Gemm")}
+    for name in rewrite.layers:
+        outputs = int((shape_of(nodes[name].inputs[1]) or ())[0 if nodes[name].op == "Conv" else 1] or 0)
+        left = columns[name].last if name in columns else np.arange(outputs)
+        columns[name] = Columns(left, left)
+    for name, left in made.items():
+        late = name in columns and name not in rewrite.layers
+        columns[name] = Columns(columns[name].then if late else left, left)
 
 
 def _counts(one: Candidate, asked: Sparsity) -> list[int]:

@@ -190,3 +190,59 @@ def test_without_some_channels_all_else_is_computed(opened: Opener, tmp_path: Pa
                                    for b in range(bundles.max() + 1)]))
     feed = {"x": random(*[d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim], seed=11)}
     check(graph, model, found, kept, feed, tmp_path)
+
+
+# model, the layer that reads, and why the channels of what it reads stay
+STAYS: dict[str, tuple[onnx.ModelProto, str]] = {
+    "an input": (picture(node("Relu", "x", "t"), LAST, w=random(3, 4, 1, 1)), "'x' is an input of the model"),
+    "an output": (picture(FIRST, node("Relu", "h", "t"), LAST, outputs="y t"), "'t' is an output of the model"),
+    "another reader": (picture(FIRST, node("Relu", "h", "t"), LAST, node("DepthToSpace", "t2", "z", blocksize=2),
+                               node("Concat", "t t p", "t2", axis=1), p=random(2, 4, 8, 8), outputs="y z"),
+                       "DepthToSpace DepthToSpace_z reads 't2': what it does with channels is not known"),
+    "groups of filters": (picture(FIRST, conv("h g2", "t", group=2), LAST, g2=random(C, C // 2, 1, 1)),
+                          "it has groups of filters"),
+    "a norm of rows": (columns(node("MatMul", "x a", "h"), node("LayerNormalization", "h gain", "t"),
+                               node("MatMul", "t w", "y", name="y")), "its statistics are those of all channels"),
+    "a norm in parts": (columns(node("MatMul", "x a", "h"), node("ReduceMean", "h last", "m"),
+                                node("Sub", "h m", "t"), node("MatMul", "t w", "y", name="y"), last=np.int64([-1])),
+                        "it sums over them"),
+    "a norm of groups": (picture(FIRST, node("GroupNormalization", "h gain b", "t", num_groups=3), LAST),
+                         "what it does with channels is not known"),
+    "a Softmax over channels": (picture(FIRST, node("Softmax", "h", "t", axis=1), LAST),
+                                "its statistics are those of all channels"),
+    "an even Split": (picture(FIRST, node("Split", "h", "p q", axis=1, num_outputs=2), node("Mul", "p q", "t"),
+                              conv("t o", "y"), o=random(3, C // 2, 1, 1)), "the sizes of its parts are not stored"),
+    "more channels by Pad": (picture(FIRST, node("Pad", "h p", "t"), conv("t u", "y"),
+                                     p=np.int64([0, 0, 0, 0, 0, C, 0, 0])), "it changes them"),
+    "some channels": (picture(FIRST, node("Slice", "h from to along", "t"), conv("t o", "y"), **{
+        "from": np.int64([1]), "to": np.int64([3]), "along": np.int64([1]), "o": random(3, 2, 1, 1)}),
+        "it changes them"),
+    "how many there are": (picture(FIRST, node("Shape", "h", "n"), node("Gather", "n one", "c"),
+                                   node("Cast", "c", "f", to=1), node("Mul", "h f", "t"), LAST, one=np.int64(1)),
+                           "it asks how many there are"),
+    "a body that reads them": (picture(
+        FIRST, node("If", "yes", "t", then_branch=onnx.helper.make_graph(
+            [node("Relu", "h", "i")], "a", [], [onnx.helper.make_tensor_value_info("i", 1, [2, C, 8, 8])]),
+            else_branch=onnx.helper.make_graph(
+            [node("Abs", "h", "e")], "b", [], [onnx.helper.make_tensor_value_info("e", 1, [2, C, 8, 8])])), LAST,
+        yes=np.bool_(True)), "what it does with channels is not known"),
+    "channels across places": (picture(FIRST, node("Reshape", "h s", "m"), node("Reshape", "m back", "t"), LAST,
+                                       s=np.int64([2, 4, -1]), back=np.int64([2, C, 8, 8])),
+                               "its sizes are not known to keep them apart"),
+}
+
+
+@pytest.mark.parametrize("form", STAYS)
+def test_why_channels_stay(opened: Opener, form: str) -> None:
+    model, why = STAYS[form]
+    _, found = walked(opened, model, "y")
+    assert len(found.fixed) == found.count
+    assert any(reason.endswith(why) for reason in found.fixed.values()), found.fixed
+
+
+def test_what_some_stay_for_keeps_no_others(opened: Opener, tmp_path: Path) -> None:
+    """One input of a Concat is an output of the model, too."""
+    model = picture(FIRST, SECOND, JOINED, conv("j u", "y"), outputs="y g")
+    graph, found = walked(opened, model, "y")
+    assert found.bundles().tolist() == [0] * C + [-1] * C
+    check(graph, model, found, np.r_[1, 4, C:2 * C], {"x": random(2, 4, 8, 8, seed=3)}, tmp_path)

@@ -13,13 +13,17 @@ from lowering_support import CPU, MODELS, canonical
 
 import onnxq
 from onnxq import Plan
+from onnxq.calibration.readers import open_data
 from onnxq.errors import RecipeError, UsageError
-from onnxq.graph import Graph, save, shape_of
+from onnxq.graph import Graph, load, save, shape_of
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.remove_channels import RemoveChannels
 from onnxq.plan import Narrowed
 from onnxq.planner import narrowing
 from onnxq.planner.narrowable import candidates
+from onnxq.planner.pruning import Calibrated
+from onnxq.recipe import Calibration
+from onnxq.runtime.session import SessionOptions
 from onnxq.sparsity import Sparsity
 
 C = 64
@@ -221,3 +225,123 @@ def test_layers_beside_are_no_reason_to_forget_what_came_before(tmp_path: Path) 
     for name in "yz":
         before, after = (run(tmp_path / path, {"x": x}, optimize=True)[name] for path in ("m.onnx", "q.onnx"))
         assert np.square(after - before).sum() < 0.02 * np.square(before).sum()
+
+
+# ------------------------------------------------------------------ channels that several layers read
+
+
+def residual() -> onnx.ModelProto:
+    """x [n, 3, 8, 8]: a trunk of 32 channels, a block with 32 inside on it, behind that a pool and a Gemm."""
+    stored = {"a": random(32, 3, 3, 3), "b": random(32, seed=1), "c": random(32, 32, 3, 3, seed=2) / 9,
+              "d": random(32, 32, 1, 1, seed=3) / 4, "e": random(32, seed=4), "w": random(32, 5, seed=5)}
+    nodes = [node("Conv", "x a b", "h", name="stem"), node("Relu", "h", "r"),
+             node("Conv", "r c", "i", name="first", pads=[1] * 4), node("Relu", "i", "j"),
+             node("Conv", "j d e", "k", name="second"), node("Add", "k r", "s"), node("Relu", "s", "t"),
+             node("GlobalAveragePool", "t", "p"), node("Flatten", "p", "q"), node("Gemm", "q w", "y", name="head")]
+    return make_model(nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 5]}, stored)
+
+
+def few_kinds(folder: Path, model: onnx.ModelProto) -> tuple[Path, Path]:
+    """The model, and inputs of four dimensions."""
+    onnx.save(model, folder / "m.onnx")
+    few = random(96, 4, seed=5) @ random(4, 192, seed=6)
+    np.savez(folder / "calib.npz", x=(few + 0.05 * random(96, 192, seed=7)).reshape(96, 3, 8, 8))
+    return folder / "m.onnx", folder / "calib.npz"
+
+
+@pytest.mark.parametrize("scheme", ["float", "w8a8"])
+def test_a_trunk_loses_channels_with_all_that_write_and_read_it(tmp_path: Path, scheme: str) -> None:
+    model, calib = few_kinds(tmp_path, residual())
+    report = onnxq.compile(model, tmp_path / "q.onnx", scheme=scheme, calib=str(calib), prune_channels="50%",
+                           measure=False, save_plan=tmp_path / "plan")
+    assert report.ok, report.verdict.failures
+    assert "32 of 64 channels are taken out, at 3 tensors" in report.verdict.notices
+    trunk, inside = Plan.load(tmp_path / "plan").narrowed.values()
+    assert (trunk.layers, inside.layers) == (("first", "head"), ("second",))
+    assert [w.shape for w in (*trunk.weights, *inside.weights)] == [(32, 16, 3, 3), (16, 5), (16, 16, 1, 1)]
+    reasons = {n.name: n.reason for n in report.nodes}
+    assert all("16 of the 32 channels of its input are taken out" in reasons[name] for name in
+               ("first", "second", "head"))
+    assert "all channels of its input stay: 'x' is an input of the model" in reasons["stem"]
+    x = np.load(calib)["x"]
+    before, after = (run(path, {"x": x}, optimize=True)["y"] for path in (model, tmp_path / "q.onnx"))
+    rest = after - before
+    assert np.square(rest).sum() < 0.02 * np.square(before - before.mean(axis=0)).sum()
+    onnxq.compile(model, tmp_path / "b.onnx", plan=tmp_path / "plan", measure=False, prune_channels="50%")
+    assert (tmp_path / "q.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def narrowed(model: Path, calib: Path, share: str = "50%") -> tuple[narrowing.Narrowing, Graph]:
+    """What goes, and the graph without it."""
+    graph = canonical(load(model))
+    by = Calibrated(open_data(str(calib), graph.ports()), SessionOptions(threads=1))
+    found = narrowing.narrow(graph, Sparsity(channels=share), (), by, Calibration(samples=None))
+    RemoveChannels().run(graph, Context(plan=Plan("", "", narrowed=found.rewrites)))
+    return found, graph
+
+
+def test_layers_are_fitted_again_to_what_goes_above_them_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head reads the trunk, which the block changes once channels inside it go."""
+    model, calib = few_kinds(tmp_path, residual())
+    x = np.load(calib)["x"]
+    wanted, errors = run(model, {"x": x})["y"], []
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr(narrowing, "refit", lambda graph, current, rewrites, *_: rewrites)
+        save(narrowed(model, calib, "70%")[1], tmp_path / "narrow.onnx")
+        errors.append(np.square(run(tmp_path / "narrow.onnx", {"x": x})["y"] - wanted).sum())
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_biases_stand_in_for_what_hardly_moves(tmp_path: Path) -> None:
+    """Half of the channels are constant: nothing but a bias is needed in their stead."""
+    stored = {"a": np.where(np.arange(C) % 2, random(24, C), np.float32(0)), "b": np.float32(3) + random(C, seed=1),
+              "w": random(C, 8, seed=2), "c": random(8, seed=3)}
+    nodes = [node("Gemm", "x a b", "h"), node("Relu", "h", "t"), node("Gemm", "t w c", "y", name="last")]
+    onnx.save(make_model(nodes, {"x": ["n", 24]}, {"y": ["n", 8]}, stored), tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", x=random(256, 24, seed=9))
+    found, graph = narrowed(tmp_path / "m.onnx", tmp_path / "calib.npz")
+    [one] = found.taken
+    assert one.rewrite.kept.tolist() == list(range(1, C, 2))
+    np.testing.assert_allclose(one.rewrite.weights[0], stored["w"][1::2], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(one.rewrite.shifts[0], np.maximum(stored["b"][::2], 0) @ stored["w"][::2], rtol=1e-5)
+    save(graph, tmp_path / "narrow.onnx")
+    x = random(32, 24, seed=8)
+    made, wanted = (run(tmp_path / name, {"x": x})["y"] for name in ("narrow.onnx", "m.onnx"))
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-3)
+
+
+def test_a_layer_that_reads_what_it_makes(tmp_path: Path) -> None:
+    """y = x + conv(x): its filters and its inputs are the same channels."""
+    stored = {"a": random(32, 3, 3, 3), "c": random(32, 32, 1, 1, seed=2) / 6, "e": random(32, seed=4),
+              "w": random(4, 32, 1, 1, seed=5)}
+    nodes = [node("Conv", "x a", "h", name="stem"), node("Conv", "h c e", "i", name="block"), node("Add", "i h", "t"),
+             node("Conv", "t w", "y", name="last")]
+    model, calib = few_kinds(tmp_path, make_model(nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 4, 6, 6]}, stored))
+    found, graph = narrowed(model, calib)
+    [one] = found.taken
+    assert one.rewrite.layers == ("block", "last")
+    assert [(w.shape, s.size) for w, s in zip(one.rewrite.weights, one.rewrite.shifts, strict=True)] == [
+        ((16, 16, 1, 1), 16), ((4, 16, 1, 1), 4)]
+    save(graph, tmp_path / "narrow.onnx")
+    x = np.load(calib)["x"]
+    made, wanted = (run(tmp_path / name, {"x": x})["y"] for name in ("narrow.onnx", "m.onnx"))
+    assert np.square(made - wanted).sum() < 0.02 * np.square(wanted).sum()
+
+
+def test_what_the_projects_models_lose(tmp_path: Path) -> None:
+    """A residual, a Concat and two heads of a picture classifier; heads of queries that share a cached one."""
+    report = onnxq.compile(MODELS / "digits_cnn" / "model.onnx", tmp_path / "c.onnx", scheme="float", measure=False,
+                           calib=str(MODELS / "digits_cnn" / "calib.npz"), prune_channels="40%")
+    assert report.ok, report.verdict.failures
+    [said] = [s for s in report.verdict.notices if "channels are taken out" in s]
+    assert int(said.split("at ")[1].split()[0]) >= 6
+    folder = MODELS / "decoder"
+    report = onnxq.compile(folder / "model.onnx", tmp_path / "d.onnx", scheme="float", measure=False,
+                           calib=str(folder / "calib.npz"), prune_heads="34%")
+    assert report.ok, report.verdict.failures
+    assert "3 of 9 heads are taken out, at 3 tensors" in report.verdict.notices
+    shapes = [[[(t.name, [d.dim_value or d.dim_param for d in t.type.tensor_type.shape.dim]) for t in ports]
+               for ports in (one.graph.input, one.graph.output)]
+              for one in (onnx.load(folder / "model.onnx"), onnx.load(tmp_path / "d.onnx"))]
+    assert shapes[0] == shapes[1]

@@ -52,11 +52,16 @@ class RemoveChannels(Pass):
         keep(graph, found, one.kept, NARROWED)
         tell(graph, found.tensors)
         for node, weight, shift in zip(layers, one.weights, one.shifts, strict=True):
-            name = unused(graph, node.inputs[1].name, NARROWED)
-            graph.replace_input(node, 1, graph.constant(name, np.asarray(weight, np.float32)))
-            if shift.size:
-                _add(graph, node, shift)
+            give(graph, node, weight, shift)
         return True
+
+
+def give(graph: Graph, layer: Node, weight: npt.NDArray[np.float32], shift: npt.NDArray[np.float32]) -> None:
+    """Give a layer another weight, and add to its bias, float32 [N]; [0] adds nothing."""
+    name = unused(graph, layer.inputs[1].name, NARROWED)
+    graph.replace_input(layer, 1, graph.constant(name, np.asarray(weight, np.float32)))
+    if shift.size:
+        _add(graph, layer, shift)
 
 
 def inputs(node: Node) -> int:
