@@ -44,10 +44,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Stays:
-    """A layer that goes on reading all channels."""
+    """A layer that goes on reading all channels, or all `heads` of an attention, and why."""
 
     layer: str
-    reason: str
+    why: str
+    heads: bool
+
+    @property
+    def reason(self) -> str:
+        """For the report."""
+        return f"all {'heads' if self.heads else 'channels'} of its input stay: {self.why}"
 
 
 def candidates(graph: Graph, spared: frozenset[str]) -> tuple[list[Candidate], list[Stays]]:
@@ -58,16 +64,19 @@ def candidates(graph: Graph, spared: frozenset[str]) -> tuple[list[Candidate], l
     """
     found: list[Candidate] = []
     stays: list[Stays] = []
-    known: set[str] = set()
+    known: dict[str, Stays | None] = {}  # tensors, with the reason why theirs stay
     for node in _layers(graph):
-        if node.inputs[0].name in known:
-            continue
-        one, reason = _candidate(graph, node, spared)
-        if one is None:
-            stays.append(Stays(node.name, f"all channels of its input stay: {reason}"))
-            continue
-        found.append(one)
-        known |= {name for name, part in one.family.tensors.items() if not part.runs}
+        tensor = node.inputs[0].name
+        if tensor not in known:
+            one = _candidate(graph, node, spared)
+            if isinstance(one, Candidate):
+                found.append(one)
+                known |= dict.fromkeys(name for name, part in one.family.tensors.items() if not part.runs)
+            else:
+                known[tensor] = one
+        why = known[tensor]
+        if why is not None:
+            stays.append(replace(why, layer=node.name))
     return found, stays
 
 
@@ -81,8 +90,8 @@ def _layers(graph: Graph) -> Iterator[Node]:
                 yield node
 
 
-def _candidate(graph: Graph, node: Node, spared: frozenset[str]) -> tuple[Candidate | None, str]:
-    reason = f"the sizes of {node.inputs[0].name!r} are not known"
+def _candidate(graph: Graph, node: Node, spared: frozenset[str]) -> Candidate | Stays:
+    stays = Stays(node.name, f"the sizes of {node.inputs[0].name!r} are not known", heads=False)
     for grouped in (False, True):
         found = family(graph, node, grouped)
         if found is None:
@@ -91,11 +100,12 @@ def _candidate(graph: Graph, node: Node, spared: frozenset[str]) -> tuple[Candid
         if len(found.fixed) < found.count:
             readings = tuple(Reading(n.name, n.inputs[0].name, view, ids) for n, ids in readers_of(found, graph)
                              if (view := view_of(n)) is not None and not set(ids.tolist()) <= set(found.fixed))
-            return Candidate(found, readings, grouped), ""
-        reason = reason if grouped else next(iter(found.fixed.values()))
+            return Candidate(found, readings, grouped)
+        if not grouped:
+            stays = Stays(node.name, next(iter(found.fixed.values())), found.attends)
         if not found.attends:
             break
-    return None, reason
+    return stays
 
 
 def _fixed(graph: Graph, found: Family, spared: frozenset[str]) -> dict[int, str]:

@@ -107,7 +107,8 @@ def narrow(graph: Graph, asked: Sparsity, spared: Collection[str], by: Calibrate
             RemoveChannels().run(current, Context(plan=Plan("", "", narrowed=Narrowing((made[-1],)).rewrites)))
     fitted = refit(graph, current, [one.rewrite for one in made], columns, by, how)
     made = [replace(one, rewrite=rewrite) for one, rewrite in zip(made, fitted, strict=True)]
-    return Narrowing(tuple(made), tuple(stays) if asked.channels_share else ())
+    asking = {False: asked.channels_share, True: asked.heads_share}
+    return Narrowing(tuple(made), tuple(one for one in stays if asking[one.heads]))
 
 
 def _note(graph: Graph, one: Candidate, rewrite: Narrowed, columns: dict[str, Columns]) -> None:

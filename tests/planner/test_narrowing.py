@@ -313,11 +313,11 @@ def test_biases_stand_in_for_what_hardly_moves(tmp_path: Path) -> None:
 
 def test_a_layer_that_reads_what_it_makes(tmp_path: Path) -> None:
     """y = x + conv(x): its filters and its inputs are the same channels."""
-    stored = {"a": random(32, 3, 3, 3), "c": random(32, 32, 1, 1, seed=2) / 6, "e": random(32, seed=4),
+    stored = {"a": random(32, 3, 1, 1), "c": random(32, 32, 1, 1, seed=2) / 6, "e": random(32, seed=4),
               "w": random(4, 32, 1, 1, seed=5)}
     nodes = [node("Conv", "x a", "h", name="stem"), node("Conv", "h c e", "i", name="block"), node("Add", "i h", "t"),
              node("Conv", "t w", "y", name="last")]
-    model, calib = few_kinds(tmp_path, make_model(nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 4, 6, 6]}, stored))
+    model, calib = few_kinds(tmp_path, make_model(nodes, {"x": ["n", 3, 8, 8]}, {"y": ["n", 4, 8, 8]}, stored))
     found, graph = narrowed(model, calib)
     [one] = found.taken
     assert one.rewrite.layers == ("block", "last")
@@ -326,7 +326,7 @@ def test_a_layer_that_reads_what_it_makes(tmp_path: Path) -> None:
     save(graph, tmp_path / "narrow.onnx")
     x = np.load(calib)["x"]
     made, wanted = (run(tmp_path / name, {"x": x})["y"] for name in ("narrow.onnx", "m.onnx"))
-    assert np.square(made - wanted).sum() < 0.02 * np.square(wanted).sum()
+    assert np.square(made - wanted).sum() < 1e-3 * np.square(wanted).sum()  # of three dimensions
 
 
 def test_what_the_projects_models_lose(tmp_path: Path) -> None:
@@ -345,3 +345,22 @@ def test_what_the_projects_models_lose(tmp_path: Path) -> None:
                for ports in (one.graph.input, one.graph.output)]
               for one in (onnx.load(folder / "model.onnx"), onnx.load(tmp_path / "d.onnx"))]
     assert shapes[0] == shapes[1]
+
+
+def test_why_heads_stay_is_said_where_heads_are_asked_for(tmp_path: Path) -> None:
+    """Each head has a key of its own in a cache."""
+    stored = {"q": random(16, 16), "o": random(16, 4), "split": np.int64([0, 0, 2, 8]), "join": np.int64([0, 0, 16])}
+    nodes = [node("MatMul", "x q", "a"), node("Reshape", "a split", "b"),
+             node("Transpose", "b", "c", perm=[0, 2, 1, 3]),
+             node("MatMul", "c keys", "d"), node("Softmax", "d", "p"), node("MatMul", "p values", "e"),
+             node("Transpose", "e", "f", perm=[0, 2, 1, 3]), node("Reshape", "f join", "g"),
+             node("MatMul", "g o", "y", name="out")]
+    inputs = {"x": [1, 3, 16], "keys": [1, 2, 8, 5], "values": [1, 2, 5, 8]}
+    onnx.save(make_model(nodes, inputs, {"y": [1, 3, 4]}, stored), tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", **{name: random(8, *shape[1:]) for name, shape in inputs.items()})
+    said = "all heads of its input stay: 'values' is an input of the model"
+    for asked, expected in (({"prune_heads": "50%"}, True), ({"prune_channels": "50%"}, False)):
+        report = onnxq.compile(tmp_path / "m.onnx", tmp_path / "q.onnx", scheme="float", measure=False,
+                               calib=str(tmp_path / "calib.npz"), **asked)
+        [row] = [n for n in report.nodes if n.name == "out"]
+        assert (said in row.reason) == expected
