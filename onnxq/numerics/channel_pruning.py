@@ -24,18 +24,21 @@ from onnxq.numerics.rounding import damped
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-DAMPING = 0.01
+DAMPING = 0.01  # of a hessian's mean diagonal, at least
+FEW = 0.25  # so many times the inputs of each row, where that is more: what few rows tell does not hold for others
 STEPS = 64  # at most: of many groups some go at once, the cheapest ones, which others make up for together
 ATTEMPTS = 5  # tenfold dampings until a hessian can be inverted
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """weight: [K, N]; hessian: float64 [K, K], symmetric, of any scale; groups: int64 [K], that of each input."""
+    """weight: [K, N]; hessian: float64 [K, K], symmetric, of any scale; groups: int64 [K], that of each input; damping:
+    what is added to the hessian's diagonal, times the mean of that."""
 
     weight: npt.NDArray[np.float32]
     hessian: Floats
     groups: Ids
+    damping: float = DAMPING
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +51,25 @@ class Removal:
     errors: tuple[float, ...]
 
 
-def remove(layers: Sequence[Layer], bundles: Ids, counts: Sequence[int], damping: float = DAMPING) -> Removal:
+def damping(inputs: int, rows: int) -> float:
+    """For a hessian of `inputs` that so many rows were added up to, 1 at least.
+
+    Measured: 25 % of 1,536 inputs on 3,800 rows of sentences lose least on others with 0.1 (0.954 of a cosine, for
+    0.943 with 0.01 and 0.945 with 1), filters of 576 inputs on 100,000 rows with 0.01.
+    """
+    return max(DAMPING, FEW * inputs / rows)
+
+
+def remove(layers: Sequence[Layer], bundles: Ids, counts: Sequence[int]) -> Removal:
     """Take groups out of what layers read, and fit the other inputs to the outputs.
 
-    bundles int64 [G] tells which bundle each group is in, -1 for one that stays; of bundle b counts[b] groups go.
-    `damping` times the mean of a hessian's diagonal is added to that, tenfold where it can't be inverted. Inputs that
-    are always 0 go first. Work: for each layer K^3 and K^2 for each input that goes. ValueError for shapes that don't
-    fit, NaN or infinities, and when no group of a bundle would stay.
+    bundles int64 [G] tells which bundle each group is in, -1 for one that stays; of bundle b counts[b] groups go. The
+    damping is made tenfold where a hessian can't be inverted. Inputs that are always 0 go first. Work: for each layer
+    K^3 and K^2 for each input that goes. ValueError for shapes that don't fit, NaN or infinities, and when no group of
+    a bundle would stay.
     """
     _check(layers, bundles, counts)
-    fits = [_Fit(layer, damping) for layer in layers]
+    fits = [_Fit(layer) for layer in layers]
     left = np.array([*counts, 0])  # the last one is that of the bundle -1
     alive, steps = np.ones(len(bundles), bool), max(-(-sum(counts) // STEPS), 1)
     while left.any():
@@ -93,12 +105,12 @@ def _check(layers: Sequence[Layer], bundles: Ids, counts: Sequence[int]) -> None
 class _Fit:
     """One layer while groups go."""
 
-    def __init__(self, layer: Layer, damping: float) -> None:
+    def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.weight = np.asarray(layer.weight, np.float64)
         self.silent = layer.hessian.diagonal() <= 0
         self.left = np.where(self.silent[:, None], 0.0, self.weight)
-        self.inverse = _inverse(layer.hessian, damping)
+        self.inverse = _inverse(layer.hessian, layer.damping)
         self.power = float(np.einsum("kn,kn->", self.weight, layer.hessian @ self.weight))
         self.inputs = list(_by_size(layer.groups))
 
@@ -142,17 +154,17 @@ def _by_size(groups: Ids) -> Iterator[tuple[Ids, Ids]]:
         yield known[which], np.stack([order[k] for k in which])
 
 
-def _inverse(hessian: Floats, damping: float) -> Floats:
+def _inverse(hessian: Floats, share: float) -> Floats:
     """Of the damped hessian; the identity where it is 0."""
     if not hessian.diagonal().max(initial=0.0) > 0:
         return np.eye(len(hessian))
     dead = hessian.diagonal() <= 0
     for _ in range(ATTEMPTS):
-        tempered = damped(hessian, damping)
+        tempered = damped(hessian, share)
         tempered[dead, dead] = tempered.diagonal().max()
         try:
             factor = np.linalg.inv(np.linalg.cholesky(tempered))
             return np.asarray(factor.T @ factor)
         except np.linalg.LinAlgError:
-            damping *= 10
+            share *= 10
     return np.asarray(np.diag(1 / tempered.diagonal()))

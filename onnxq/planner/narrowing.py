@@ -7,19 +7,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, shape_of, up_to
-from onnxq.numerics.channel_pruning import DAMPING, Layer, remove
+from onnxq.numerics.channel_pruning import Layer, damping, remove
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.filters import from_matrix, to_matrix
 from onnxq.numerics.sampling import View
+from onnxq.passes.channels import Family
 from onnxq.passes.families import family, fits
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.remove_channels import RemoveChannels, bias_of
 from onnxq.plan import Narrowed, Plan
-from onnxq.planner.narrowable import Candidate, Stays, candidates
+from onnxq.planner.narrowable import Candidate, Reading, Stays, candidates
 from onnxq.planner.pruning import Calibrated, Seen
 from onnxq.planner.refitting import Columns, refit
 from onnxq.planner.scales import finite
@@ -43,6 +45,12 @@ class Taken:
     def what(self) -> str:
         """Channels or heads."""
         return "heads" if self.rewrite.heads else "channels"
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """How many of how many go; of heads those of queries."""
+        one = self.rewrite
+        return self.lost[0] if one.heads else (one.count - len(one.kept), one.count)
 
     def reason(self, layer: int) -> str:
         """For the report, of one of its layers."""
@@ -80,8 +88,7 @@ class Narrowing:
         said = []
         for what in ("channels", "heads"):
             some = [one for one in self.taken if one.what == what]
-            gone, of = sum(one.rewrite.count - len(one.rewrite.kept) for one in some), sum(
-                one.rewrite.count for one in some)
+            gone, of = (sum(counts) for counts in zip(*(one.total for one in some), strict=True)) if some else (0, 0)
             places = sum(one.tensors for one in some)
             said += [f"{gone} of {of} {what} are taken out, at {places} tensor{'s' * (places > 1)}"] * bool(some)
         return "; ".join(said)
@@ -166,7 +173,8 @@ def _removed(graph: Graph, one: Candidate, drifts: dict[tuple[str, View], Drift]
         seen = drift.centred() if bias_of(graph, node) is not None else drift.sums().without_last()
         weights.append(to_matrix(finite(graph, node.inputs[1], node), node.op == "Conv"))
         sums.append(seen)
-        layers.append(Layer(seen.target(weights[-1], DAMPING), seen.own, reading.groups()))
+        share = damping(len(seen.own), drift.count)
+        layers.append(Layer(seen.target(weights[-1], share), seen.own, reading.groups(), share))
     found = remove(layers, one.family.bundles(), counts)
     stays = np.zeros(one.family.count, bool)
     stays[found.kept] = True
@@ -181,11 +189,19 @@ def _removed(graph: Graph, one: Candidate, drifts: dict[tuple[str, View], Drift]
             fitted, shift = fitted[:, stays[makes.ids]], shift[stays[makes.ids]] if has_bias else shift
         shaped.append(from_matrix(fitted, reading.view.kernel, node.op == "Conv"))
         shifts.append(shift)
-        reads = np.unique(reading.ids)
-        lost.append((int((~stays[reads]).sum()), reads.size))
+        lost.append(_lost(one.family, reading, stays))
     rewrite = Narrowed(one.readings[0].tensor, tuple(r.layer for r in one.readings), one.family.count, found.kept,
                        tuple(shaped), tuple(shifts), one.grouped, one.family.attends)
     return Taken(rewrite, tuple(lost), found.errors, len({r.tensor for r in one.readings}))
+
+
+def _lost(found: Family, reading: Reading, stays: npt.NDArray[np.bool_]) -> tuple[int, int]:
+    """How many of how many channels or heads of what a layer reads go; several heads may be one group."""
+    ids = np.unique(reading.ids)
+    if found.attends:
+        sides = [part.ids for part in found.tensors.values() if not part.runs and len(part.ids) < len(reading.ids)]
+        ids = max(sides, key=len, default=ids)
+    return int((~stays[ids]).sum()), len(ids)
 
 
 def check(plan: Plan, graph: Graph) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from onnxq.calibration import observer
 from onnxq.graph import Graph, Node, up_to
-from onnxq.numerics.channel_pruning import DAMPING
+from onnxq.numerics.channel_pruning import damping
 from onnxq.numerics.compensation import Drift
 from onnxq.numerics.filters import from_matrix, to_matrix
 from onnxq.numerics.sampling import View
@@ -91,7 +91,7 @@ def _fitted(graph: Graph, current: Graph, node: Node, seen: _Seen, columns: Colu
     sums = drift.centred() if old.size else drift.sums().without_last()
     start = np.zeros((len(sums.own), w.shape[1]), np.float32)
     start[:, columns.last] = to_matrix(np.asarray(current.read(now.inputs[1]), np.float32), conv)
-    found = sums.fitted(w, start, DAMPING)
+    found = sums.fitted(w, start, damping(len(start), drift.count))
     shift = sums.shift(w, np.arange(len(found)), found) if old.size else old
     weight, last = (from_matrix(found[:, some], kernel, conv) for some in (columns.then, columns.last))
     if not old.size:

@@ -27,7 +27,7 @@ def layer(seed, inputs, outputs=7, rank=4):
 def alone(w, hessian, count, size=1, damping=DAMPING):
     """What is left of one layer without `count` groups of `size` neighbouring inputs."""
     groups = np.arange(len(w)) // size
-    return remove([Layer(w, hessian, groups)], np.zeros(len(w) // size, np.int64), [count], damping)
+    return remove([Layer(w, hessian, groups, damping)], np.zeros(len(w) // size, np.int64), [count])
 
 
 def fitted(w, hessian, inputs):
@@ -151,3 +151,9 @@ def test_what_it_refuses():
             remove([Layer(w, hessian, groups)], bundles, [count] * (1 + int(bundles.max())))
     with pytest.raises(ValueError, match="NaN"):
         remove([Layer(w, np.full((8, 8), np.nan), groups)], one, [1])
+
+
+def test_few_rows_are_damped_more():
+    assert channel_pruning.damping(100, 10**6) == DAMPING
+    assert channel_pruning.damping(1000, 2000) == 0.125
+    assert channel_pruning.damping(1000, 500) == 4 * channel_pruning.damping(1000, 2000)
