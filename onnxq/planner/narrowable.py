@@ -101,9 +101,9 @@ def _candidate(graph: Graph, node: Node, spared: frozenset[str]) -> Candidate | 
             readings = tuple(Reading(n.name, n.inputs[0].name, view, ids) for n, ids in readers_of(found, graph)
                              if (view := view_of(n)) is not None and not set(ids.tolist()) <= set(found.fixed))
             return Candidate(found, readings, grouped)
-        if not grouped:
-            stays = Stays(node.name, next(iter(found.fixed.values())), found.attends)
-        if not found.attends:
+        why = stays.why if grouped else next(iter(found.fixed.values()))
+        stays = Stays(node.name, why, stays.heads or found.attends)
+        if found.count == len(found.readers[node.name]):  # no heads
             break
     return stays
 

@@ -17,6 +17,7 @@ from onnxq import Plan
 from onnxq.graph import Graph
 from onnxq.passes.channels import Family
 from onnxq.passes.families import family
+from onnxq.planner.narrowable import candidates
 
 H, D, S = 6, 8, 5
 C = H * D
@@ -107,14 +108,14 @@ def test_as_many_heads_as_columns_are_told_by_their_place(opened: Opener) -> Non
 G, R = 3, 2  # groups, and query heads in each
 
 
-def grouped(cached: bool = False) -> onnx.ModelProto:
-    """x [2, S, C] through an attention of G heads of keys and values that R query heads each share; with a cache of
-    them [2, G, 4, D], or with copies of them."""
-    wide = G * D
+def grouped(cached: bool = False, groups: int = G) -> onnx.ModelProto:
+    """x [2, S, C] through an attention of G heads of keys and values that H/G query heads each share; with a cache of
+    them [2, G, 4, D]."""
+    wide = groups * D
     weights = {"wq": random(C, C) / 4, "wk": random(C, wide, seed=1) / 4, "wv": random(C, wide, seed=2) / 4,
-               "wo": random(C, 20, seed=9), "many": np.int64([0, 0, H, D]), "few": np.int64([0, 0, G, D]),
+               "wo": random(C, 20, seed=9), "many": np.int64([0, 0, H, D]), "few": np.int64([0, 0, groups, D]),
                "join": np.int64([0, 0, C]), "root": np.float32(D ** -0.5), "two": np.int64([2]),
-               "copies": np.int64([1, 1, R, 1, 1]), "merge": np.int64([0, H, -1, D])}
+               "copies": np.int64([1, 1, H // groups, 1, 1]), "merge": np.int64([0, H, -1, D])}
     nodes = []
     for name, parts in (("q", "many"), ("k", "few"), ("v", "few")):
         nodes += [node("MatMul", f"x w{name}", f"{name}0"), node("Reshape", f"{name}0 {parts}", f"{name}1"),
@@ -128,8 +129,8 @@ def grouped(cached: bool = False) -> onnx.ModelProto:
               node("Mul", "z0 root", "z1"), node("Softmax", "z1", "p"),
               node("MatMul", "p v5", "a0"), node("Transpose", "a0", "a1", perm=[0, 2, 1, 3]),
               node("Reshape", "a1 join", "a"), node("MatMul", "a wo", "y", name="o")]
-    past = {f"past_{name}": [2, G, 4, D] for name in "kv"} if cached else {}
-    present = {f"present_{name}": [2, G, 4 + S, D] for name in "kv"} if cached else {}
+    past = {f"past_{name}": [2, groups, 4, D] for name in "kv"} if cached else {}
+    present = {f"present_{name}": [2, groups, 4 + S, D] for name in "kv"} if cached else {}
     used = {name for n in nodes for name in n.input}
     return make_model(nodes, {"x": [2, S, C], **past}, {"y": [2, S, 20], **present},
                       {k: v for k, v in weights.items() if k in used})
@@ -154,22 +155,26 @@ def test_groups_go_with_their_keys_and_values(opened: Opener, tmp_path: Path, ke
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["shared", "copied"])
-@pytest.mark.parametrize("kept", [0, 1])
-def test_cached_keys_stay_and_queries_go(opened: Opener, tmp_path: Path, kept: int, whole: bool) -> None:
+@pytest.mark.parametrize(("groups", "kept"), [(G, [0]), (G, [1]), (1, [0, 3, 5]), (2, [0, 2])])
+def test_cached_keys_stay_and_queries_go(opened: Opener, tmp_path: Path, groups: int, kept: list[int],
+                                         whole: bool) -> None:
     """The shapes that callers feed are the same; of each group the query heads at one place go."""
-    model = grouped(cached=True)
+    model, each = grouped(True, groups), H // groups
     graph = opened(model) if whole else canonical(opened(model))
     [last] = [n for n in graph.nodes if n.name == "o"]
-    stays, goes = family(graph, last), family(graph, last, grouped=True)
-    assert stays is not None
-    assert len(stays.fixed) == stays.count
-    assert any("'present_" in why and "is an output of the model" in why for why in stays.fixed.values())
-    assert goes is not None
-    assert (goes.count, goes.fixed) == (R, {})
-    assert set(goes.constants) == {("MatMul_q0", 1)}
-    assert goes.constants["MatMul_q0", 1].ids.tolist() == np.tile(np.repeat(np.arange(R), D), G).tolist()
-    feed = {"x": random(2, S, C, seed=3)} | {f"past_{k}": random(2, G, 4, D, seed=4) for k in "kv"}
-    check(graph, model, goes, np.array([kept]), feed, tmp_path, grouped=True)
+    if groups > 1:
+        stays = family(graph, last)
+        assert stays is not None
+        assert len(stays.fixed) == stays.count
+        assert any("'present_" in why and "is an output of the model" in why for why in stays.fixed.values())
+    [goes], _ = candidates(graph, frozenset())
+    assert (goes.family.count, goes.family.fixed, goes.family.attends) == (each, {}, True)
+    assert goes.grouped == (groups > 1 or not whole), "copies of one head are the same for all"
+    assert set(goes.family.constants) == {("MatMul_q0", 1)}
+    ids = goes.family.constants["MatMul_q0", 1].ids
+    assert ids.tolist() == np.tile(np.repeat(np.arange(each), D), groups).tolist()
+    feed = {"x": random(2, S, C, seed=3)} | {f"past_{k}": random(2, groups, 4, D, seed=4) for k in "kv"}
+    check(graph, model, goes.family, np.array(kept), feed, tmp_path, goes.grouped)
 
 
 def test_the_projects_encoder_loses_heads_and_channels(tmp_path: Path) -> None:
