@@ -139,19 +139,22 @@ class Smoothing:
 
 @dataclass(frozen=True, eq=False)
 class Narrowed:
-    """Of the `channels` of `tensor` along `axis` (-1 or 1) those in `kept` stay, int64 [C'] in ascending order.
+    """Of `count` groups of channels of `tensor`, and of all that is made with it, those in `kept` stay, int64 [G'] in
+    ascending order (see passes.families; `grouped` as there).
 
-    `weights` are those of `layers`, which read it, in their shapes but with C' input channels, float32. With a `size`
-    the channels are heads of an attention, with so many columns each.
+    `weights` are those of `layers`, which read the groups, in their shapes but with fewer input channels, float32;
+    `shifts` what is added to their biases, float32 [N] or [0] for nothing. `heads`: the groups are heads of an
+    attention.
     """
 
     tensor: str
     layers: tuple[str, ...]
-    axis: int
-    channels: int
+    count: int
     kept: npt.NDArray[np.int64]
     weights: tuple[npt.NDArray[np.float32], ...]
-    size: int = 1
+    shifts: tuple[npt.NDArray[np.float32], ...]
+    grouped: bool = False
+    heads: bool = False
 
 
 @dataclass
@@ -168,7 +171,8 @@ class Plan:
     nearest ones; `multiples` one whose int8 codes are levels of 4 bits times these, and are stored as such. `ties`
     maps a table to the layer's weight that is its transpose: it has no codes but those of this one.
     `widths` maps a weight to the bits that all but a few of its int8 codes fit. `narrowed` maps a tensor of the
-    canonical graph to the channels that it keeps; all else is told of the graph that this makes.
+    canonical graph to the channels that it keeps, in the order in which they go; all else is told of the graph that
+    this makes.
     `pruned` maps the name of a weight of the canonical graph to its values with zeros, float32, which everything else
     is told of. `wide` maps nodes that stay float32 where the rest of a graph computes in float16 to why they do;
     `limits` the name of a constant with numbers beyond float16's range to what these become there, apart from the sign.
@@ -282,9 +286,10 @@ class Plan:
                           for name, size in data.get("multiples", {}).items()}
         for item in data.get("narrowed", []):
             name = f"{_NARROWED}{item['tensor']}"
-            plan.narrowed[item["tensor"]] = Narrowed(
-                **{**item, "layers": tuple(item["layers"])}, kept=arrays[f"{name}/kept"],
-                weights=tuple(arrays[f"{name}/weights/{k}"] for k in range(len(item["layers"]))))
+            weights, shifts = (tuple(arrays[f"{name}/{part}/{k}"] for k in range(len(item["layers"])))
+                               for part in ("weights", "shifts"))
+            told = {**item, "layers": tuple(item["layers"]), "kept": arrays[f"{name}/kept"]}
+            plan.narrowed[item["tensor"]] = Narrowed(**told, weights=weights, shifts=shifts)
         plan.widths = dict(data.get("widths", {}))
         plan.ties = dict(data.get("ties", {}))
         plan.wide, plan.limits = dict(data.get("wide", {})), dict(data.get("limits", {}))
@@ -302,8 +307,8 @@ class Plan:
                 "activations": specs(self.activations), "weights": specs(self.weights),
                 "blocks": {k: {**vars(b), "dtype": b.dtype.name} for k, b in self.blocks.items()},
                 "multiples": {k: m.block_size for k, m in self.multiples.items()},
-                "narrowed": [{"tensor": n.tensor, "layers": n.layers, "axis": n.axis, "channels": n.channels,
-                              "size": n.size} for n in self.narrowed.values()],
+                "narrowed": [{"tensor": n.tensor, "layers": n.layers, "count": n.count, "grouped": n.grouped,
+                              "heads": n.heads} for n in self.narrowed.values()],
                 "widths": self.widths, "ties": self.ties, "dropped": list(self.dropped), "added": self.added,
                 "wide": self.wide, "limits": self.limits,
                 "maskings": [dataclasses.asdict(m) for m in self.maskings.values()],
@@ -319,8 +324,9 @@ class Plan:
                 | {f"{_ROUNDED}{name}": codes for name, codes in self.rounded.items()}
                 | {f"{_MULTIPLES}{name}": found.values for name, found in self.multiples.items()}
                 | {f"{_NARROWED}{name}/kept": found.kept for name, found in self.narrowed.items()}
-                | {f"{_NARROWED}{name}/weights/{k}": weight for name, found in self.narrowed.items()
-                   for k, weight in enumerate(found.weights)}
+                | {f"{_NARROWED}{name}/{part}/{k}": array for name, found in self.narrowed.items()
+                   for part, arrays in (("weights", found.weights), ("shifts", found.shifts))
+                   for k, array in enumerate(arrays)}
                 | {f"{_PRUNED}{name}": values for name, values in self.pruned.items()}
                 | {f"{_SMOOTHING}{name}/{part}": array for name, found in self.smoothings.items()
                    for part, array in (("factors", found.factors), ("source", found.source)) if array is not None})

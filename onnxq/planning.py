@@ -48,7 +48,7 @@ from onnxq.planner.bit_costs import Seeing
 from onnxq.planner.composites import normalises_rows
 from onnxq.planner.masks import Masks
 from onnxq.planner.mixed_bits import MixedBits
-from onnxq.planner.narrowing import Taken
+from onnxq.planner.narrowing import Narrowing
 from onnxq.planner.outline import Chosen, Measured, Outline, outline
 from onnxq.planner.pruning import Calibrated, Pruning
 from onnxq.planner.ranging import escaped
@@ -80,7 +80,7 @@ class Planning:
         self.options, self.progress, self.stage = options, progress, stage
         self.ranges: dict[str, tuple[float, float]] = {}
         self.escaped: dict[str, str] = {}  # layers with a scale for each row, with the reason
-        self.taken: list[Taken] | None = None  # channels that are taken out
+        self.taken: Narrowing | None = None  # channels that are taken out
         self.pruning: Pruning | None = None
         self.smoothed: dict[str, Smoothed] | None = None
         self.hiding: Masks | None = None
@@ -172,7 +172,8 @@ class Planning:
         smoothing.use(plan, self.smoothed or {})
         before = self._before_scaling()
         plan.narrowed, plan.pruned = before.narrowed, before.pruned
-        narrowing.say(plan, self.taken or [])
+        if self.taken is not None:
+            self.taken.say(plan)
         masks.decide(self.hiding, plan)
         for name in self.hiding.floors if self.floors else ():
             masks.use_floor(self.hiding, plan, name)
@@ -214,13 +215,12 @@ class Planning:
 
     def _before_scaling(self, smoothings: Mapping[str, Smoothing] = MappingProxyType({})) -> Plan:
         """A Plan of what is decided before scales are."""
-        narrowed = {one.rewrite.tensor: one.rewrite for one in self.taken or ()}
-        return Plan("", "", smoothings=dict(smoothings), narrowed=narrowed,
+        return Plan("", "", smoothings=dict(smoothings), narrowed=self.taken.rewrites if self.taken is not None else {},
                     pruned=dict(self.pruning.values) if self.pruning is not None else {})
 
     def _narrow(self) -> None:
         """Find channels to take out, and plan on the graph without them from now on."""
-        self.taken = []
+        self.taken = Narrowing()
         asked = self.recipe.sparsity
         if not (asked.channels_share or asked.heads_share) or self.calib is None:
             return
@@ -231,7 +231,7 @@ class Planning:
             self.taken = narrowing.narrow(self.graph, asked, verdicts(self.graph, self.recipe), by,
                                           self.recipe.calibration)
             self.graph = self.graph_for(self._before_scaling())
-        self.notices.append(narrowing.notice(self.taken))
+        self.notices.append(self.taken.notice())
 
     def _prune(self) -> None:
         """Find which weights become 0, and plan on the graph that has them from now on."""

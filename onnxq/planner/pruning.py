@@ -16,6 +16,7 @@ from onnxq.graph import Graph, identity, is_constant, shape_of, up_to
 from onnxq.numerics import sparsity as numerics
 from onnxq.numerics.allocation import Option, allocate
 from onnxq.numerics.compensation import Drift
+from onnxq.numerics.filters import by_place, from_matrix, restored, to_matrix
 from onnxq.numerics.sampling import View
 from onnxq.numerics.sparsity import Pattern, Wanted
 from onnxq.passes.manager import Context
@@ -119,7 +120,7 @@ def _shares(work: _Work, readings: dict[Reading, list[Task]], by: Calibrated) ->
             hessian = drift.hessian()
             for task in readings[reading]:
                 order = _order(task)
-                w = _matrix(finite(work.graph, task.weight, task.layers[0]), task)[order]
+                w = to_matrix(finite(work.graph, task.weight, task.layers[0]), _turned(task))[order]
                 h = hessian[np.ix_(order, order)]
                 items[task.name] = [Option(int(w.size * (1 - s)), numerics.relative_error(
                     w, numerics.sparsegpt(w, h, s, _DAMPING), h)) for s in tried]
@@ -188,10 +189,11 @@ def _up_to(graph: Graph, readings: Sequence[Reading]) -> Graph:
 
 
 class Seen:
-    """What layers read by one view: in float, or `paired`: as what is pruned makes it, and then in float."""
+    """What layers read by one view: in float, or `paired`: as what is pruned makes it, and then in float; with a
+    `constant` 1 behind each row, if wanted."""
 
-    def __init__(self, view: View, paired: bool) -> None:
-        self.view, self.paired, self.drift = view, paired, Drift()
+    def __init__(self, view: View, paired: bool, constant: bool = False) -> None:
+        self.view, self.paired, self.constant, self.drift = view, paired, constant, Drift()
         self._drawing = Drawing(view)
 
     def update(self, x: Floats) -> None:
@@ -199,7 +201,10 @@ class Seen:
         parts = np.split(x, 2, axis=-1) if self.paired else [x]
         wanted = self._drawing.next(parts[0])
         if wanted.size:
-            self.drift.update(*(self.view.rows(part, wanted) for part in parts))
+            rows = [self.view.rows(part, wanted) for part in parts]
+            if self.constant:
+                rows = [np.pad(row, ((0, 0), (0, 1)), constant_values=1) for row in rows]
+            self.drift.update(*rows)
 
 
 @dataclass
@@ -258,7 +263,7 @@ def _pruned(values: Floats, task: Task, method: str, drift: Drift | None,
     """(the weight with zeros, the error of its layers' results where what they read is known)."""
     assert wanted is not None
     order = _order(task)
-    aim = _matrix(values, task)
+    aim = to_matrix(values, _turned(task))
     if drift is not None and method == SPARSEGPT:
         aim = drift.target(aim, _DAMPING)
     aim, hessian = aim[order], None if drift is None else drift.hessian()[np.ix_(order, order)]
@@ -270,27 +275,18 @@ def _pruned(values: Floats, task: Task, method: str, drift: Drift | None,
     else:
         made = np.where(numerics.wanda(aim, np.sqrt(hessian.diagonal()), wanted), aim, np.float32(0))
     error = numerics.relative_error(aim, made, hessian) if hessian is not None else None
-    back = np.empty_like(made)
-    back[order] = made
-    return _values(back, task, values.shape), error
+    return from_matrix(restored(made, order), values.shape[2:], _turned(task)), error
 
 
 def _order(task: Task) -> npt.NDArray[np.int64]:
     """Of which column of a row each input is: a Conv's channels at one place of the filter follow one another."""
     dims = [int(d or 0) for d in shape_of(task.weight) or ()]
-    places = int(np.prod(dims[2:])) if task.layers[0].op == "Conv" else 1
-    return np.arange(task.inputs).reshape(-1, places).T.reshape(-1)
+    return by_place(task.inputs, tuple(dims[2:]) if task.layers[0].op == "Conv" else ())
 
 
-def _matrix(values: Floats, task: Task) -> Floats:
-    """A weight as [K, N], its inputs ordered as those of a row are."""
-    return values.reshape(len(values), -1).T if task.table or task.layers[0].op == "Conv" else values
-
-
-def _values(matrix: Floats, task: Task, shape: tuple[int, ...]) -> Floats:
-    """[K, N] in the shape of the weight."""
-    turned = matrix.T if task.table or task.layers[0].op == "Conv" else matrix
-    return np.ascontiguousarray(turned).reshape(shape)
+def _turned(task: Task) -> bool:
+    """Whether the inputs of a weight lie along its last axes: filters, and tables."""
+    return task.table or task.layers[0].op == "Conv"
 
 
 # ------------------------------------------------------------------ saved plans

@@ -15,6 +15,7 @@ from onnxq.calibration.readers import Dataset
 from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
 from onnxq.numerics import affine
 from onnxq.numerics.dtypes import by_name
+from onnxq.numerics.filters import from_matrix, to_matrix
 from onnxq.numerics.histogram import Histogram
 from onnxq.numerics.sampling import Sample, Sampled, View
 from onnxq.numerics.smoothing import Activation, Reader
@@ -195,13 +196,11 @@ def _reader(graph: Graph, node: Node, view: View, sample: Sample, scheme: Scheme
     along = 0 if node.op == "Conv" else 1
     if weight.shape[along] > _OUTPUTS:
         weight = weight.take(np.linspace(0, weight.shape[along] - 1, _OUTPUTS).astype(int), along)
-    shape = weight.shape
+    conv, kernel = node.op == "Conv", weight.shape[2:]
 
     def decoded(matrix: Floats) -> Floats:
-        values = matrix if node.op != "Conv" else np.ascontiguousarray(matrix.T).reshape(shape)
+        values = from_matrix(matrix, kernel, conv)
         params = block_params(values, scheme) if scheme.has_blocks else weight_params(node, values, scheme, target)
-        rounded = affine.dequantize(affine.quantize(values, params), params)
-        return rounded if node.op != "Conv" else rounded.reshape(shape[0], -1).T
+        return to_matrix(affine.dequantize(affine.quantize(values, params), params), conv)
 
-    matrix = weight if node.op != "Conv" else np.ascontiguousarray(weight.reshape(shape[0], -1).T)
-    return Reader(sample.rows[view], matrix, decoded, view.repeat)
+    return Reader(sample.rows[view], to_matrix(weight, conv), decoded, view.repeat)

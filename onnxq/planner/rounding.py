@@ -11,6 +11,7 @@ from onnxq.calibration import observer
 from onnxq.graph import Graph, Node
 from onnxq.numerics import affine, outliers, rounding
 from onnxq.numerics.affine import QuantParams
+from onnxq.numerics.filters import by_place, from_matrix, restored, to_matrix
 from onnxq.numerics.rounding import Hessian
 from onnxq.numerics.sampling import View
 from onnxq.plan import STATIC, Plan
@@ -84,11 +85,11 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
         return None
     weight = task.node.inputs[1]
     values = np.asarray(graph.read(weight), np.float32)
-    params, shape = plan.weights[weight.name], values.shape
-    order = np.arange(task.inputs)
-    if task.node.op == "Conv":  # kernels multiply the channels of a filter's place side by side
-        order = order.reshape(-1, task.view.repeat).T.reshape(-1)
-        values = values.reshape(shape[0], -1).T[order]
+    params = plan.weights[weight.name]
+    conv = task.node.op == "Conv"
+    order = by_place(task.inputs, task.view.kernel)  # kernels multiply the channels of a filter's place side by side
+    if conv:
+        values = to_matrix(values, filters=True)[order]
         params = QuantParams(params.scale, params.zero_point, params.dtype, None if params.axis is None else 1)
     first, second = (half.result()[np.ix_(order, order)] for half in (seen, unseen))
     nearest = affine.quantize(values, params)
@@ -98,11 +99,7 @@ def _rounded(graph: Graph, plan: Plan, task: _Task, seen: Hessian, unseen: Hessi
     if not after < _BETTER * before:
         return None
     codes = _search(values, first + second, params, pairs, limits)
-    if task.node.op == "Conv":
-        back = np.empty_like(codes)
-        back[order] = codes
-        codes = np.ascontiguousarray(back.T).reshape(shape)
-    return codes
+    return from_matrix(restored(codes, order), task.view.kernel, conv)
 
 
 def _search(values: npt.NDArray[np.float32], hessian: npt.NDArray[np.float64], params: QuantParams,

@@ -16,7 +16,7 @@ from onnxq.graph import Graph, save
 from onnxq.numerics import smoothing
 from onnxq.numerics.sampling import Sample
 from onnxq.passes.absorbing import Absorber, absorber
-from onnxq.passes.widening import region
+from onnxq.passes.families import plain
 from onnxq.plan import FLOAT, GIVEN, NodePlan, Plan, Smoothing
 from onnxq.planner.readers import Group, activation, groups, readers, sampled
 from onnxq.recipe import Calibration, Outliers
@@ -86,7 +86,7 @@ def find(graph: Graph, nodes: dict[str, NodePlan], codes: frozenset[str], by: Se
         if above is None and (not late or group.name in codes or group.axis != -1):
             continue
         wide = group.axis == -1 and (above is None or above.tie is None) and not by.scheme.is_weight_only
-        ways[group.name] = _Way(above, wide and region(graph, group.tensor, layers, group.channels) is not None)
+        ways[group.name] = _Way(above, wide and plain(graph, layers, group.channels) is not None)
         wanted.append(group)
     held = sampled(graph, wanted, by.data, by.how, by.options, by.progress)
     searched = (_search(graph, group, ways[group.name], halves.results(), by) for group, halves in held)

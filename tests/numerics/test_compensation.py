@@ -107,3 +107,43 @@ def test_rows_that_do_not_pair_are_refused() -> None:
         Drift().update(random(3, 4), random(2, 4))
     with pytest.raises(ValueError, match="NaN or infinities"):
         Drift().update(np.full((3, 4), np.nan, np.float32), random(3, 4))
+
+
+def with_ones(rows: Array) -> Array:
+    return np.pad(rows, ((0, 0), (0, 1)), constant_values=np.float32(1))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), parts=st.integers(1, 3))
+def test_about_means_weights_and_bias_are_those_of_least_squares(seed: int, parts: int) -> None:
+    """Fitted with a free number for each output, by numpy's least squares on rows with a 1 behind them."""
+    a, x = rows(seed, 0.3)
+    a, x = a + 2 * random(K, seed=5), x + 2 * random(K, seed=6)
+    w = random(K, N, seed=seed)
+    sums = seen(with_ones(a), with_ones(x), parts).centred()
+    found = sums.target(w, 1e-9)
+    shift = sums.shift(w, np.arange(K), found)
+    assert (shift.shape, shift.dtype) == ((N,), np.float32)
+    best = np.linalg.lstsq(with_ones(a).astype(np.float64), x.astype(np.float64) @ w, rcond=None)[0]
+    np.testing.assert_allclose(np.vstack([found, shift]), best, rtol=0, atol=2e-3 * np.abs(best).max())
+
+
+def test_what_never_moves_is_left_to_the_bias() -> None:
+    _, x = rows()
+    x[:, 3] = 1.7
+    w = random(K, N)
+    drift = Drift()
+    drift.update(with_ones(x))
+    sums = drift.centred()
+    assert not sums.own[3].any()
+    assert not sums.own[:, 3].any()
+    np.testing.assert_array_equal(sums.target(w, 0.01), w)
+    kept = np.delete(np.arange(K), 3)
+    np.testing.assert_allclose(sums.shift(w, kept, w[kept]), 1.7 * w[3], rtol=0, atol=1e-5)
+
+
+def test_the_last_input_can_be_left_out() -> None:
+    a, x = rows()
+    w = random(K, N)
+    found = seen(with_ones(a), with_ones(x)).sums().without_last()
+    np.testing.assert_allclose(found.target(w, 0.01), seen(a, x).target(w, 0.01), rtol=0, atol=1e-6)

@@ -54,11 +54,12 @@ class ShareKVHeads(Pass):
         _reshape(graph, f"{name}/group", node.inputs[0], inside, few)
         graph.replace_input(node, 0, inside)
         graph.replace_input(node, 1, matrix)
-        made = graph.variable(f"{name}.product", np.float32, None)
+        columns = (shape_of(matrix) or (None,))[-1]
+        made = graph.variable(f"{name}.product", np.float32, [rows[0], few, None, columns])
         graph.set_output(node, 0, made)
         if scale is not None:
             graph.replace_input(scale, next(k for k, t in enumerate(scale.inputs) if not is_constant(t)), made)
-            made = graph.variable(f"{name}.scaled", np.float32, None)
+            made = graph.like(made, f"{name}.scaled")
             graph.set_output(scale, 0, made)
         _reshape(graph, f"{name}/ungroup", made, result, many)
         return True
@@ -86,7 +87,10 @@ def _back(graph: Graph, tensor: Tensor) -> tuple[list[Node], Tensor]:
 
 def _again(graph: Graph, step: Node, source: Tensor, name: str) -> Tensor:
     """The same Transpose or factor on another tensor."""
-    result = graph.variable(f"{name}.{step.outputs[0].name}", np.float32, None)
+    dims = shape_of(source)
+    if dims is not None and step.op == "Transpose":
+        dims = tuple(dims[k] for k in _SWAPPED)
+    result = graph.variable(f"{name}.{step.outputs[0].name}", np.float32, dims)
     graph.add_node(step.op, f"{name}/{step.name}", [source, *step.inputs[1:]], [result], dict(step.attrs))
     return result
 

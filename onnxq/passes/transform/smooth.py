@@ -13,12 +13,12 @@ import numpy.typing as npt
 from onnxq.errors import GraphError
 from onnxq.graph import Graph, Node, Tensor
 from onnxq.passes.absorbing import Constant, absorber, unused
+from onnxq.passes.families import plain, widen
 from onnxq.passes.manager import Context, Pass
-from onnxq.passes.widening import Region, region, widen
 from onnxq.plan import Smoothing
 
 Floats = npt.NDArray[np.float32]
-ABSORBED, SMOOTHED = ".absorbed", ".smoothed"
+ABSORBED, SMOOTHED, SPLIT = ".absorbed", ".smoothed", ".split"
 SCALED = "onnxq.scaled"  # metadata: the tensors, as JSON, whose channels are not those of the float model
 
 
@@ -51,8 +51,10 @@ class Smooth(Pass):
         if all(SMOOTHED in n.inputs[1].name for n in layers):
             return False
         if found.source is not None:
-            wide = self._region(graph, x, found)
-            widen(graph, wide, found.source)
+            wide = plain(graph, found.layers, int(found.source.max()) + 1)
+            if wide is None:
+                raise GraphError(f"no columns above {x.name!r} can be repeated for the plan; this is a bug in onnxq")
+            widen(graph, wide, found.source, SPLIT)
             tell(graph, wide.tensors)
         if found.absorbed:
             above = absorber(graph, x, frozenset(found.layers), found.factors.size, found.axis)
@@ -68,14 +70,6 @@ class Smooth(Pass):
         for node in layers:
             _multiply(graph, node, found)
         return True
-
-    @staticmethod
-    def _region(graph: Graph, x: Tensor, found: Smoothing) -> Region:
-        assert found.source is not None
-        wide = region(graph, x, frozenset(found.layers), int(found.source.max()) + 1)
-        if wide is None:
-            raise GraphError(f"no columns above {x.name!r} can be repeated for the plan; this is a bug in onnxq")
-        return wide
 
 
 def scaled_tensors(graph: Graph) -> set[str]:

@@ -14,9 +14,10 @@ from smooth_support import layers, ops, smoothed
 from onnxq.errors import GraphError
 from onnxq.graph import Graph, shape_of
 from onnxq.numerics.smoothing import split
+from onnxq.passes.channels import Family
+from onnxq.passes.families import plain
 from onnxq.passes.manager import Context
 from onnxq.passes.transform.smooth import Smooth
-from onnxq.passes.widening import Region, region
 from onnxq.plan import Plan, Smoothing
 from onnxq.planner.rules import verdicts
 from onnxq.recipe import Fallback, Recipe
@@ -39,9 +40,9 @@ def model(*nodes: onnx.NodeProto, outputs: tuple[str, ...] = ("y",), opset: int 
                       {k: v for k, v in weights.items() if k in used}, opset=opset)
 
 
-def found(graph: Graph) -> Region | None:
+def found(graph: Graph) -> Family | None:
     of = layers(graph, "y")
-    return region(graph, of.nodes[0].inputs[0], frozenset(n.name for n in of.nodes), of.channels)
+    return plain(graph, [n.name for n in of.nodes], of.channels)
 
 
 FIRST, SECOND = node("MatMul", "x w0", "h"), node("MatMul", "x u0", "u")
@@ -63,6 +64,10 @@ FORMS: dict[str, tuple[onnx.ModelProto, set[tuple[str, int]], str]] = {
                            {("MatMul_h", 1), ("Mul_t", 0)}, "above"),
     "a bias per position": (model(FIRST, BIAS, node("Gelu", "a", "t"), b0=random(4, C)),
                             {("MatMul_h", 1), ("Add_a", 1)}, "Mul"),
+    "what is moved": (model(FIRST, node("Transpose", "h", "m", perm=[0, 2, 1]), node("Sigmoid", "m", "k"),
+                            node("Transpose", "k", "t", perm=[0, 2, 1])), {("MatMul_h", 1)}, "Mul"),
+    "a factor for all": (model(node("MatMul", "x w0", "h"), SECOND, node("Mul", "h u", "t"), w0=random(8, 1)),
+                         {("MatMul_u", 1)}, "above"),
     "one bias for two layers": (model(FIRST, SECOND, BIAS, node("Add", "u b0", "v"), node("Tanh", "a", "k"),
                                       node("Mul", "k v", "t")),
                                 {("MatMul_h", 1), ("MatMul_u", 1), ("Add_a", 1), ("Add_v", 1)}, "above"),
@@ -75,13 +80,13 @@ def test_columns_of_the_layers_above_are_repeated(form: str, opened: Opener, tmp
     graph = opened(made)
     wide = found(graph)
     assert wide is not None
-    assert {(c.node, c.index) for c in wide.constants} == constants
-    assert {c.axis for c in wide.constants} == {-1}
+    assert set(wide.constants) == constants
+    assert all(np.array_equal(part.ids, np.arange(C)) for part in wide.constants.values())
     before = ops(graph)
     graph, _ = smoothed(made, "y", FEED, opened, tmp_path, {"y": SOURCE})
     assert len(ops(graph)) == len(before) + (takes == "Mul")
     for tensor in (t for n in graph.nodes for t in n.outputs if t.name in wide.tensors):
-        assert (shape_of(tensor) or ())[-1] == SOURCE.size, "the shapes tell of it"
+        assert (shape_of(tensor) or ())[wide.tensors[tensor.name].axis] == SOURCE.size, "the shapes tell of it"
     kept = verdicts(graph, Recipe(scheme("w8a8"), fallback=Fallback(("w0",))))
     assert len(kept) == 1, "the weight keeps its name for globs"
 
@@ -92,7 +97,7 @@ def test_gemms(opened: Opener, tmp_path: Path) -> None:
                       opset=20)
     wide = found(opened(made))
     assert wide is not None
-    assert {(c.node, c.index) for c in wide.constants} == {("Gemm_h", 1), ("Gemm_h", 2)}
+    assert set(wide.constants) == {("Gemm_h", 1), ("Gemm_h", 2)}
     smoothed(made, "y", {"x": random(3, 8)}, opened, tmp_path, {"y": SOURCE})
 
 
@@ -137,12 +142,11 @@ STAYS: dict[str, onnx.ModelProto] = {
     "an output further up": model(FIRST, BIAS, node("Gelu", "a", "t"), outputs=("y", "a")),
     "a residual": model(FIRST, node("LayerNormalization", "h g", "n"), SECOND, node("Add", "n u", "t")),
     "an input": model(node("Tanh", "x", "t"), w=random(8, N)),
-    "what is moved": model(FIRST, node("Transpose", "h", "m", perm=[0, 2, 1]), node("Transpose", "m", "t",
-                                                                                   perm=[0, 2, 1])),
     "a constant per pair of channels": model(
         FIRST, node("Reshape", "h pairs", "r"), node("Mul", "r two", "m"), node("Reshape", "m back", "t"),
         pairs=np.array([0, 0, C // 2, 2]), back=np.array([0, 0, C]), two=random(2)),
-    "one column for all": model(node("MatMul", "x w0", "h"), SECOND, node("Mul", "h u", "t"), w0=random(8, 1)),
+    "channels beside others": model(FIRST, SECOND, node("Concat", "h u", "t", axis=2), w=random(2 * C, N)),
+    "channels twice": model(FIRST, node("Concat", "h h", "t", axis=2), w=random(2 * C, N)),
     "a computed matrix": model(node("Transpose", "x", "k", perm=[0, 2, 1]), node("MatMul", "x k", "t"),
                                w=random(4, N)),
     "the layer has a factor": make_model(
