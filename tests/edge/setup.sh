@@ -32,7 +32,7 @@ other_processors() {
   # a Python of 64-bit ARM with numpy and the last onnxruntime that starts in qemu 7.2; newer ones crash there
   dpkg --add-architecture arm64 && apt-get -qq update && mkdir -p arm64/debs && cd arm64/debs || return 1
   local minor
-  minor=$(apt-cache show python3-minimal:arm64 | sed -n 's/^Depends:.*python3\.\([0-9]*\)-minimal.*/\1/p' | head -1)
+  minor=$(apt-cache show python3-minimal:arm64 | sed -n 's/^Pre-Depends:.*python3\.\([0-9]*\)-minimal.*/\1/p' | head -1)
   apt-get -qq download "python3.$minor-minimal:arm64" "libpython3.$minor-minimal:arm64" \
     "libpython3.$minor-stdlib:arm64" libc6:arm64 libstdc++6:arm64 libgcc-s1:arm64 zlib1g:arm64 libexpat1:arm64 \
     libffi8:arm64 libbz2-1.0:arm64 liblzma5:arm64 libssl3:arm64 2> /dev/null || return 1

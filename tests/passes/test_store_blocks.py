@@ -18,6 +18,7 @@ from onnxq.passes.pack.codes import PackCodes, opset_for_codes
 from onnxq.passes.quantize.blocks import StoreBlocks
 from onnxq.plan import UNTOUCHED, NodePlan, Plan
 from onnxq.runtime.observe import optimized
+from onnxq.targets import TARGETS
 
 FORMS = [(bits, symmetric) for bits in (2, 4, 8) for symmetric in (True, False)]
 each_form = pytest.mark.parametrize(("bits", "symmetric"), FORMS, ids=[f"{'u' * (not s)}int{b}" for b, s in FORMS])
@@ -144,8 +145,8 @@ def test_the_opset_to_raise_to_is_that_of_the_narrowest_decoded_codes(opened: Op
     graph = opened(model)
     for bits, wanted in (((8, 8), 0), ((4, 8), 21), ((4, 2), 25)):
         forms = dict(zip("vw", (form(b, 32, True) for b in bits), strict=True))
-        assert opset_for_codes(planned(graph, forms, lowered=False)) == wanted
-        assert opset_for_codes(planned(graph, forms)) == 0, "kernels read bytes"
+        assert opset_for_codes(planned(graph, forms, lowered=False), TARGETS["cpu"]) == wanted
+        assert opset_for_codes(planned(graph, forms), TARGETS["cpu"]) == 0, "kernels read bytes"
 
 
 def test_other_casts_are_left_alone(tmp_path: Path) -> None:
