@@ -2,8 +2,9 @@
 
 Of a target that runs here (the CPU kinds, portable, web by the CPU provider's kernels) the compiled model is scored on
 its evaluation data against the goals of benchmarks/goals.yaml. What other targets get is held against their tables:
-onnx's checker, and which nodes their provider takes; agreement with float is that of the compile's own check, of codes
-that are rounded to the nearest after few rows of calibration, which takes less time.
+onnx's checker, and which nodes their provider takes; kernels that ran are held against those that were expected.
+Agreement with float on other targets is that of the compile's own check, of codes that are rounded to the nearest after
+few rows of calibration, which takes less time.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def compiled(case: models.Case, target: str, settings: Settings) -> dict[str, An
             data = Data(case, settings.limit)
             row["score"] = score(case, data, Session(case.model, how.options), Session(path, how.options))
             row["missed"] = _missed(case, row)
+            row["expected"] = check(path, target=target, data=case.calib, threads=settings.threads)["agreement"]
         return row
 
 
@@ -138,6 +140,8 @@ def _cell(row: dict[str, Any]) -> str:
     elif "agreement" in row:
         worst = min((o["cosine"] for o in row["agreement"].values()), default=1.0)
         parts.append(f"cosine {worst:.4f}")
+    if row.get("expected") is not None:
+        parts.append(f"{row['expected']['kernel']} of {row['expected']['nodes']} kernels as expected")
     parts.append(f"{row['quantized']} nodes in {row['scheme']}")
     parts.append(f"away: {', '.join(row['away'])}" if row["away"] else "legal")
     return ", ".join([*parts, *row["failures"]])
