@@ -101,9 +101,9 @@ def aim(recipe: Recipe, target: Target) -> Recipe:
 
 def misfit(chosen: Scheme, target: Target) -> str | None:
     """Why a target does not run a scheme; None where it does. Weights in blocks are decoded at load where there is no
-    kernel for them, so weight-only schemes run everywhere."""
-    if chosen.is_float or chosen.is_weight_only or chosen.activations is None:
-        return None
+    kernel for them, so that weight-only schemes run wherever that is possible."""
+    if chosen.is_float or chosen.activations is None:
+        return None if chosen.is_float or target.decodes else "it decodes no weights"
     if chosen.is_dynamic:
         granularity = chosen.activations.granularity
         missing = ("MatMul", granularity) not in target.lowerings

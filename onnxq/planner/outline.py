@@ -134,7 +134,8 @@ def outline(graph: Graph, recipe: Recipe, target: Target, measured: Measured = _
         lower_lstms(graph, found.nodes, decided, recipe.scheme, target)
         at_run_time.per_tensor(graph, found.nodes, measured.at_run_time, outliner.barred, recipe.scheme, target)
         at_run_time.per_token(graph, found.nodes, measured.per_token, outliner.barred, recipe.scheme, target)
-        store(graph, found.nodes, outliner.kept)
+        if target.decodes:
+            store(graph, found.nodes, outliner.kept)
     return found
 
 

@@ -32,14 +32,14 @@ class Target:
     `scheme` and `scheme_without_data` are what `auto` stands for; `activations` is the type of integer activations, and
     `symmetric` tells whether their zero point is 0 (a Relu is no clamp of theirs then, and stays); `float_bias` whether
     biases of integer layers are float; `block_bits` and `block_sizes` are the blocks of weights with kernels,
-    `code_bits` the types below 8 bits that are decoded at load; `odd_tables` tells whether look-ups take zero points of
-    4 bits from rows of an odd number of blocks; `opset` and `ir_version` the latest of ONNX; `floats`
-    is the type that float parts compute in. `operators` are those that the provider runs, with the types of their first
-    input (none: any), None for all; `static` tells whether it wants fixed sizes, `sizes_on_cpu` whether arithmetic with
-    sizes stays on the CPU. `machines` are the processors, by platform.machine(), on which the provider found here is
-    this target, None for all: elsewhere its models are checked by the CPU provider, and not timed. `since` is the
-    oldest onnxruntime that runs what is written. `config` and `provider_options` are what a session of the application
-    should set.
+    `code_bits` the types below 8 bits that are decoded at load, and `decodes` tells whether Cast and Mul decode weights
+    there at all; `odd_tables` whether look-ups take zero points of 4 bits from rows of an odd number of blocks; `opset`
+    and `ir_version` are the latest of ONNX; `floats` is the type that float parts compute in. `operators` are those
+    that the provider runs, with the types of their first input (none: any), None for all; `static` tells whether it
+    wants fixed sizes, `sizes_on_cpu` whether arithmetic with sizes stays on the CPU. `machines` are the processors, by
+    platform.machine(), on which the provider found here is this target, None for all: elsewhere its models are checked
+    by the CPU provider, and not timed. `since` is the oldest onnxruntime that runs what is written. `config` and
+    `provider_options` are what a session of the application should set.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Target:
     block_bits: frozenset[int] = frozenset({2, 4, 8})
     block_sizes: frozenset[int] = frozenset({16, 32, 64, 128, 256})
     code_bits: frozenset[int] = frozenset({2, 4})
+    decodes: bool = True
     odd_tables: bool = False
     opset: int | None = None
     ir_version: int | None = None

@@ -1,11 +1,11 @@
 """TensorRT, as onnxruntime's provider or on its own: int8 by pairs of QuantizeLinear and DequantizeLinear.
 
 Zero points are 0 and activations int8 in [-128, 127]; weights int8 per channel, stored as codes; biases float, since
-its parser takes no int32 DequantizeLinear. Pairs stand at the inputs of Conv, ConvTranspose, MatMul and Gemm, at
-pooling, and at the residual side of an Add, which lets it fuse Conv, Add and Relu. A Relu is not absorbed into codes,
-whose zero is in the middle. What is not int8 runs in float16 where it is faster (trt_fp16_enable). A calibration table
-beside such a model is an error. Source: TensorRT's developer guide (explicit quantization), onnxruntime's
-TensorRT-ExecutionProvider page; not run yet.
+its parser takes no int32 DequantizeLinear. Pairs stand at the inputs of Conv, MatMul and Gemm, at pooling, and at both
+sides of an Add, which lets it fuse Conv, Add and Relu. A Relu is not absorbed into codes, whose zero is in the middle.
+Its Cast takes no int8, so weights of float layers stay float. What is not int8 runs in float16 where it is faster
+(trt_fp16_enable). A calibration table beside such a model is an error. Source: TensorRT's developer guide (explicit
+quantization), onnxruntime's TensorRT-ExecutionProvider page; not run yet.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ TENSORRT = Target(
         ("Transpose", "int"): "Transpose",
         ("Unsqueeze", "int"): "Unsqueeze",
     },
-    block_bits=frozenset({4}),
-    block_sizes=frozenset({64, 128}),
+    decodes=False,
     operators={name: frozenset() for name in _OPERATORS.split()},
     opset=24,
     portable=True,

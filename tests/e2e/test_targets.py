@@ -91,6 +91,16 @@ class TestTensorRT:
         assert "Relu" in {n.op_type for n in model.graph.node}
 
 
+def test_tensorrt_gets_no_weights_that_a_cast_decodes(tmp_path):
+    """The text encoder's table would be stored as int8 elsewhere."""
+    output = tmp_path / "out.onnx"
+    compiled(TEXT, output, "tensorrt")
+    model = onnx.load(output)
+    stored = {t.name: t.data_type for t in model.graph.initializer}
+    users = {n.op_type for n in model.graph.node for name in n.input if stored.get(name) == onnx.TensorProto.INT8}
+    assert users == {"DequantizeLinear", "QuantizeLinear"}
+
+
 @pytest.mark.skipif(not saturates(), reason="int8 products don't saturate on this processor")
 def test_what_would_saturate_here_is_judged_by_its_pairs(tmp_path):
     report = compiled(CNN, tmp_path / "out.onnx", "cpu-arm64")
