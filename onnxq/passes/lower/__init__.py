@@ -23,7 +23,7 @@ from onnxq.targets import Target
 # Kernel times on disk are kept under this number. Raise it when a pass of this stage or of quantize comes to write
 # other operators, attributes or forms of constants for the same plan: times of the graphs before would be taken for
 # those of the new ones. Not for a change of names, of order, or of what is emitted where.
-EMITTER_VERSION = 5
+EMITTER_VERSION = 6
 
 
 def written(output_format: str, target: Target) -> list[Pass]:
