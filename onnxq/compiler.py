@@ -135,7 +135,8 @@ class _Compilation:
             self._stream(graph)
             return self.report
         feeds, source = self._canonicalize(graph, evaluation or calib)
-        graph = self._ready(graph)
+        graph = self._legal(graph)
+        self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.planning = self._planning(graph, calib, self.recipe)
         spool = self.planning.spool = Spool(request.output.with_name(f"{request.output.name}.partial"))
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
@@ -160,6 +161,7 @@ class _Compilation:
         removals = Removals(graph)
         with self.stage("canonicalize"):
             self._passes(canonicalize(), graph, removals)
+            graph = self._legal(graph)
         self.removed = verification.removed_rows(removals)
         self.planning = self._planning(graph, None, self.recipe)
         self.context.plan = self.planning.plan() if self.request.plan is None else self.planning.replay(
@@ -225,19 +227,18 @@ class _Compilation:
             self.report.verdict.notices += kept.faults
         else:
             self._passes(weighed, graph, removals)
-        self._passes(spelled_out(self.request.target), graph)
-        lower(graph, self.request.target)
         if graph.half and self.request.target.floats == "float32":
             self.report.verdict.notices.append(
                 f"the model is {' and '.join(graph.half)}, which {self.request.target.name} does not compute in: what "
                 "is not int8 runs in float32")
-        self.made = {n.name: _results(graph, n) for n in graph.nodes}
         self.removed = verification.removed_rows(removals)
         return feeds, source
 
-    def _ready(self, graph: Graph) -> Graph:
-        """The graph with all sizes known, where the target has them fixed, and in a version of ONNX whose
-        DequantizeLinear takes blocks, where such are to be written."""
+    def _legal(self, graph: Graph) -> Graph:
+        """The graph in operators and an opset that the target has, with all sizes known, where it has them fixed, and
+        in a version of ONNX whose DequantizeLinear takes blocks, where such are to be written."""
+        self._passes(spelled_out(self.request.target), graph)
+        lower(graph, self.request.target)
         if self.request.target.static:
             graph = settled(graph, self.context)
         if not (self.request.target.portable and self.recipe.scheme.is_weight_only):

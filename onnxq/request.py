@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from onnxq import presets
-from onnxq.aiming import aim
+from onnxq.aiming import aim, spelled_out
 from onnxq.calibration import observer
 from onnxq.errors import OutputError, UsageError
 from onnxq.passes.canonicalize import canonicalize
-from onnxq.passes.lower import lower
+from onnxq.passes.lower import written
 from onnxq.passes.pack import pack as pack_passes
+from onnxq.passes.pack.codes import takes
+from onnxq.passes.pack.weights import OPSET
 from onnxq.passes.quantize import quantize
 from onnxq.passes.transform import transform
 from onnxq.passes.transform.prune import Prune
@@ -156,16 +158,17 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if (pruned.channels_share or pruned.heads_share) and request.calib is None and request.plan is None:
         raise UsageError("channels and heads are taken out by what layers read, for which others make up; give --calib "
                          "DATA")
-    if request.recipe.pack and 4 not in request.target.code_bits:
-        raise UsageError("packed weights are decoded by operators that onnxruntime has from 1.23 on; leave --pack out, "
-                         "or name a later --runtime")
+    if request.recipe.pack and not takes(request.target, 4):
+        remedy = "leave --pack out" + ("" if 4 in request.target.code_bits else ", or name a later --runtime")
+        raise UsageError("packed weights are decoded by operators that onnxruntime has from 1.23 on, and ONNX from "
+                         f"opset {OPSET} on, which {request.target.name} does not take; {remedy}")
     level = request.recipe.fallback.level
     if level and not chosen.is_float and request.calib is None and request.plan is None:
         raise UsageError(f"--fallback {level} ranks layers by what calibration data make of them; give --calib DATA")
     if request.dump_after is not None and request.dump is None:
         raise UsageError("--dump-after names a pass, but no folder to write its graph to; give --dump DIR")
-    if request.dump_after is not None and request.dump_after not in _pass_names(request.format):
-        raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request.format))}")
+    if request.dump_after is not None and request.dump_after not in _pass_names(request):
+        raise UsageError(f"there is no pass {request.dump_after!r}; known: {', '.join(_pass_names(request))}")
     if request.model.exists():  # loading says what is wrong with a model that does not
         check_output(request.model, request.output, force)
 
@@ -186,6 +189,6 @@ def check_output(model: Path, output: Path, force: bool) -> None:
         raise OutputError(f"the folder {folder} can't be written; choose another -o")
 
 
-def _pass_names(output_format: str) -> list[str]:
-    return [p.name for p in (*canonicalize(), RemoveChannels(), Prune(), Smooth(), *transform(), *quantize(),
-                             *lower(output_format), *pack_passes())]
+def _pass_names(request: Request) -> list[str]:
+    return [p.name for p in (*canonicalize(), *spelled_out(request.target), RemoveChannels(), Prune(), Smooth(),
+                             *transform(), *quantize(), *written(request.format, request.target), *pack_passes())]

@@ -34,8 +34,8 @@ class PackCodes(Pass):
         form = layout(context.plan, name) if part in _PARTS else None
         if form is None or form.dtype.bits == 8:
             return False
-        if not takes(context, form.dtype.bits):
-            return context.skip(node, f"the target's runtime does not decode {form.dtype.name}")
+        if not takes(context.target, form.dtype.bits):
+            return context.skip(node, f"the target does not decode {form.dtype.name}")
         if graph.opset < OPSETS[form.dtype.bits]:
             return context.skip(node, f"Cast takes {form.dtype.name} from opset {OPSETS[form.dtype.bits]} on")
         graph.replace_input(node, 0, _narrow(graph, codes, form.dtype))
@@ -49,15 +49,16 @@ def _narrow(graph: Graph, codes: Tensor, dtype: DType) -> Tensor:
     return graph.computed(f"{codes.name}.packed", narrow, shape, lambda: graph.read(codes).astype(narrow))
 
 
-def takes(context: Context, bits: int) -> bool:
-    """Whether the target's runtime decodes codes of so many bits as it loads them."""
-    return context.target is None or bits in context.target.code_bits
+def takes(target: Target | None, bits: int) -> bool:
+    """Whether a target decodes codes of so many bits as it loads them, by its runtime and by the opset that it ends
+    at."""
+    return target is None or (bits in target.code_bits and OPSETS[bits] <= (target.opset or OPSETS[bits]))
 
 
 def opset_for_codes(plan: Plan, target: Target) -> int:
     """The opset that the weights which are decoded at load need to take no more bits than they have; 0 for any, and
-    where the target's runtime does not decode such."""
+    where the target does not decode such."""
     weights = {v.weight for v in plan.nodes.values() if v.activation == UNTOUCHED and not v.is_int and v.weight}
     four = {4} if plan.multiples else set()
     bits = four | {form.dtype.bits for form in (layout(plan, w) for w in weights) if form is not None}
-    return max((OPSETS.get(b, 0) for b in bits & target.code_bits), default=0)
+    return max((OPSETS[b] for b in bits & OPSETS.keys() if takes(target, b)), default=0)

@@ -31,7 +31,7 @@ class PackMultiples(Pass):
     def run(self, graph: Graph, context: Context) -> bool:
         """Pack the codes of all such weights, each once."""
         found = [name for name in context.plan.multiples if graph.has(f"{name}.q") and not graph.has(f"{name}.levels")]
-        if not found or graph.opset < OPSETS[INT4.bits] or not takes(context, INT4.bits):
+        if not found or graph.opset < OPSETS[INT4.bits] or not takes(context.target, INT4.bits):
             return False
         shared = Shared()
         made = {f"{name}.q": _decoded(graph, graph.made(f"{name}.q"), name, context.plan, shared) for name in found}

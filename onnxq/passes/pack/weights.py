@@ -39,7 +39,7 @@ class PackWeights(Pass):
 
     def run(self, graph: Graph, context: Context) -> bool:
         """Choose for all weights together, then rewrite one after the other."""
-        weights = self._weights(graph) if graph.opset >= OPSET and takes(context, 4) else []
+        weights = self._weights(graph) if graph.opset >= OPSET and takes(context.target, 4) else []
         found = [_rated(graph, weight) for weight in weights]
         dense = sum(options[0].nbytes for options in found)
         limit = self.load_memory or BASE + max(int(TIMES_DENSE * 2 * dense), ANYHOW)
