@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, lower_opset, shape_of
+from onnxq.graph import Graph, free_axes, lower_opset
 from onnxq.passes.decompose import decompose
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.static_shapes import static_shapes
@@ -15,6 +15,8 @@ from onnxq.recipe import Recipe
 from onnxq.runtime.machine import target_here
 from onnxq.schemes import Scheme, scheme, scheme_names
 from onnxq.targets import Target
+
+NAMELESS = "export the model with names for them, or with fixed sizes"
 
 
 def target_for(name: str, output_format: str = "auto", runtime: str | None = None) -> Target:
@@ -68,11 +70,14 @@ def facts(target: Target) -> dict[str, Any]:
 def sized(graph: Graph, target: Target, shapes: Mapping[str, Sequence[int]]) -> Graph:
     """The graph with fixed sizes of its free axes, where the target wants them: axis -> its one size.
 
-    Raises UsageError where an axis has none, or several.
+    Raises UsageError where an axis has none, or several, or no name.
     """
-    free = sorted({str(d) for t in graph.inputs for d in shape_of(t) or () if not isinstance(d, int)})
-    if not target.static or not free:
+    free, unnamed = free_axes(graph)
+    if not target.static or not (free or unnamed):
         return graph
+    if unnamed:
+        raise UsageError(f"target {target.name} wants a size for each free axis, and some of {', '.join(unnamed)} have "
+                         f"no name; {NAMELESS}")
     missing = [axis for axis in free if len(shapes.get(axis, ())) != 1]
     if missing:
         raise UsageError(f"target {target.name} wants a size for each free axis; give "

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from onnxq import verification
-from onnxq.aiming import target_for
+from onnxq.aiming import NAMELESS, target_for
 from onnxq.calibration.readers import open_data
 from onnxq.errors import DataError, ModelError
-from onnxq.graph import Graph, Node, dtype_of, is_constant, load, read_nodes, shape_of
+from onnxq.graph import Graph, Node, dtype_of, free_axes, is_constant, load, read_nodes, shape_of
 from onnxq.runtime.machine import checking, is_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import CPU, SessionOptions
@@ -55,8 +55,9 @@ def check(model: str | Path, *, target: str = "cpu", runtime: str | None = None,
     placed = _on_cpu(model, graph, aim, threads) if aim.provider in (CPU, "wasm") else _by_table(graph, aim)
     notes += [_free_axes(graph)] if aim.static and _free_axes(graph) else []
     compared = _compared(model, graph, aim, placed, data, threads, notes) if is_here(aim) else None
-    if compared is None and not is_here(aim):
-        notes.append(checking(aim, threads).note.split(":")[0])
+    if not is_here(aim):
+        what = f"{aim.name} is" if aim.machines is not None else f"{aim.provider} is"
+        notes.append(f"{what} not here: nothing was run to compare with")
     cuts, copies = _cuts(graph, placed)
     return {"model": str(model), "target": target, "provider": aim.provider, "nodes": [asdict(p) for p in placed],
             "providers": dict(Counter(p.provider for p in placed if p.provider != FOLDED)),
@@ -176,7 +177,9 @@ def _advice(placed: Iterable[Placed], target: Target) -> list[str]:
 
 
 def _free_axes(graph: Graph) -> str:
-    free = sorted({str(d) for t in graph.inputs for d in shape_of(t) or () if not isinstance(d, int)})
+    free, unnamed = free_axes(graph)
+    if unnamed:
+        return f"the provider compiles the model anew for each size of {', '.join(unnamed)}: {NAMELESS}"
     return (f"the provider compiles the model anew for each size of {', '.join(free)}: fix them with "
             f"{' '.join(f'--shape {axis}=N' for axis in free)}") if free else ""
 

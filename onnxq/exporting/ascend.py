@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.errors import ModelError
-from onnxq.graph import Graph, dtype_of, load, save, shape_of
+from onnxq.graph import Graph, dtype_of, free_axes, load, save, shape_of
 from onnxq.passes.ascend import as_standard, deploy, for_amct
 from onnxq.passes.ascend.ascend_operators import DEQUANT, QUANT
 from onnxq.passes.manager import Context, Pass, PassManager
@@ -57,7 +57,10 @@ def _check(graph: Graph, model: Path) -> None:
         raise ModelError(f"{model} holds {', '.join(foreign)}, which ATC does not take; {remedy}")
     if graph.opset > target.opset:
         raise ModelError(f"{model} is of opset {graph.opset}, and ATC reads up to {target.opset}; {remedy}")
-    free = sorted({str(d) for t in graph.inputs for d in shape_of(t) or () if not isinstance(d, int)})
+    free, unnamed = free_axes(graph)
+    if unnamed:
+        raise ModelError(f"{model} has free axes at {', '.join(unnamed)}, with which ATC compiles no int8; export the "
+                         "float model with fixed sizes, and compile it with --target ascend")
     if free:
         raise ModelError(f"{model} has free axes {', '.join(free)}, with which ATC compiles no int8; {remedy} and "
                          f"{' '.join(f'--shape {axis}=N' for axis in free)}")

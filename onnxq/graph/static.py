@@ -40,6 +40,13 @@ def fix_axes(graph: Graph, sizes: Mapping[str, int]) -> Graph:
     return adopt(graph, model, weights, outputs=True)
 
 
+def free_axes(graph: Graph) -> tuple[list[str], list[str]]:
+    """(names of free axes of the inputs, inputs that have free axes without a name, or no shape at all)."""
+    dims = {t.name: shape_of(t) for t in graph.inputs}
+    named = sorted({d for shape in dims.values() for d in shape or () if isinstance(d, str)})
+    return named, [name for name, shape in dims.items() if shape is None or None in shape]
+
+
 def fix_inputs(graph: Graph, values: Mapping[str, float]) -> None:
     """Make constants of inputs of one element, such as a sampling rate that a model chooses its branch by.
 

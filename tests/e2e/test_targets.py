@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from conftest import make_model, node, random
 from lowering_support import MODELS
 from onnx import numpy_helper
 
@@ -171,3 +172,86 @@ def test_tables_of_an_odd_number_of_blocks_are_decoded_where_their_kernel_errs(t
     report = onnxq.compile(TEXT / "model.onnx", tmp_path / "out.onnx", scheme="w4a16", runtime=version, measure=False)
     [verdict] = [n for n in report.nodes if n.op == "Gather" and n.scheme not in ("float", "folded")]
     assert verdict.lowering == kernel
+
+
+# ------------------------------------------------------------------ small models
+
+
+def layers_of(opset: int = 21, axis: str | None = "n"):
+    """Two products with a Relu, a LayerNormalization and a Gelu between them."""
+    return make_model([node("MatMul", "x a", "b"), node("Relu", "b", "c"), node("LayerNormalization", "c s", "d"),
+                       node("Gelu", "d", "e"), node("MatMul", "e f", "y")], {"x": [axis, 64]}, {"y": [axis, 64]},
+                      {"a": random(64, 64), "s": random(64), "f": random(64, 64, seed=1)}, opset=opset)
+
+
+def opset_of(path: Path) -> int:
+    return next(o.version for o in onnx.load(path).opset_import if o.domain == "")
+
+
+@pytest.mark.parametrize(("target", "runtime"), [("cpu", "1.20"), ("portable", None), ("tensorrt", None),
+                                                 ("cuda", None), ("cann", None), ("ascend", None)])
+def test_a_model_that_is_not_run_is_made_as_legal_as_one_that_is(tmp_path, target, runtime):
+    given = {"scheme": "w4a16", "target": target, "runtime": runtime, "measure": False, "threads": 1,
+             "shapes": {"n": 4} if TARGETS[target].static else {}}
+    onnx.save(layers_of(22), tmp_path / "m.onnx")
+    made = []
+    for name, memory in (("whole", None), ("streamed", "10KB")):
+        onnxq.compile(tmp_path / "m.onnx", tmp_path / f"{name}.onnx", max_memory=memory, **given)
+        model = onnx.load(tmp_path / f"{name}.onnx")
+        operators = Counter(n.op_type for n in model.graph.node)
+        made.append((opset_of(tmp_path / f"{name}.onnx"), model.ir_version, operators))
+    assert made[0] == made[1]
+
+
+def test_codes_of_4_bits_do_not_lead_out_of_the_opsets_of_a_target(tmp_path):
+    given = {"target": "ascend", "scheme": "w4a16", "measure": False, "shapes": {"n": 4}, "threads": 1}
+    onnx.save(layers_of(20), tmp_path / "m.onnx")
+    onnxq.compile(tmp_path / "m.onnx", tmp_path / "out.onnx", **given)
+    assert opset_of(tmp_path / "out.onnx") == 18
+    with pytest.raises(UsageError, match=r"opset 21 on, which ascend does not take; leave --pack out$"):
+        onnxq.compile(tmp_path / "m.onnx", tmp_path / "packed.onnx", pack=True, **given)
+
+
+def test_axes_without_a_name_are_no_axes_to_name(tmp_path):
+    onnx.save(layers_of(axis=None), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="some of x have no name; export the model with names for them"):
+        onnxq.compile(tmp_path / "m.onnx", target="cann")
+    assert any("for each size of x: export the model with names" in n for n in check(tmp_path / "m.onnx",
+                                                                                     target="cann")["notices"])
+
+
+@pytest.mark.parametrize(("target", "name"), [("ascend", "ascend"), ("web", "web"), ("cuda", "CUDAExecutionProvider")])
+def test_check_says_what_is_not_here(target, name):
+    if is_here(target_here(target)):
+        pytest.skip("it is here")
+    assert f"{name} is not here: nothing was run to compare with" in check(CNN / "model.onnx", target=target)["notices"]
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "w8a8"])
+@pytest.mark.parametrize("op", ["Relu", "Clip"])
+@pytest.mark.parametrize("layer", ["MatMul", "MatMul Add", "Gemm"])
+def test_portable_layers_in_front_of_a_clamp_run_in_integers(tmp_path, layer, op, scheme):
+    """Which the runtime fuses with no DequantizeLinear unless something stands between."""
+    linear = [node("Gemm", "x a bias", "b")] if layer == "Gemm" else [node("MatMul", "x a", "b")]
+    linear += [node("Add", "b bias", "c")] if layer == "MatMul Add" else [node("Identity", "b", "c")]
+    model = make_model([*linear, node(op, "c low" if op == "Clip" else "c", "d"), node("Sigmoid", "d", "e"),
+                        node("MatMul", "e f", "y")], {"x": ["n", 64]}, {"y": ["n", 64]},
+                       {"a": random(64, 64), "bias": random(64), "f": random(64, 64, seed=1),
+                        **({"low": np.float32(0)} if op == "Clip" else {})}, opset=21)
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "calib.npz", x=random(16, 64, seed=2))
+    report = onnxq.compile(tmp_path / "m.onnx", tmp_path / "out.onnx", target="portable", scheme=scheme, measure=False,
+                           calib=tmp_path / "calib.npz", threads=1)
+    assert report.ok, report.verdict.failures
+    assert sum(n.scheme == scheme and n.op in ("Gemm", "MatMul") for n in report.nodes) == 2
+
+
+def test_passes_of_a_target_can_be_dumped(tmp_path):
+    onnx.save(layers_of(), tmp_path / "m.onnx")
+    for name in ("to-half", "spell-out-norms"):
+        onnxq.compile(tmp_path / "m.onnx", tmp_path / "out.onnx", target="cann", shapes={"n": 4}, measure=False,
+                      force=True, dump=tmp_path / name, dump_after=name, threads=1)
+        assert [p.name.split("-", 1)[1] for p in (tmp_path / name).iterdir()] == [f"{name}.onnx"]
+    with pytest.raises(UsageError, match="there is no pass 'to-half'"):
+        onnxq.compile(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="float", dump=tmp_path / "d",
+                      dump_after="to-half")
