@@ -211,7 +211,7 @@ class Planning:
         check_smoothings(plan, self.base)
         self.graph = self.graph_for(plan)
         ties.check(plan, self.graph)
-        return replayed(plan, self.graph)
+        return replayed(plan, self.graph, self.target)
 
     def _before_scaling(self, smoothings: Mapping[str, Smoothing] = MappingProxyType({})) -> Plan:
         """A Plan of what is decided before scales are."""

@@ -9,11 +9,16 @@ import numpy as np
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, shape_of
 from onnxq.numerics.affine import QuantParams
-from onnxq.plan import Plan
+from onnxq.passes.blocks import layout
+from onnxq.plan import UNTOUCHED, Plan
+from onnxq.planner import weight_only
+from onnxq.schemes import TensorSpec
+from onnxq.targets import Target, runtimes
 
 
-def replayed(plan: Plan, graph: Graph) -> Plan:
-    """A saved Plan for the graph that it was made for. Raises UsageError when it names other nodes or weights."""
+def replayed(plan: Plan, graph: Graph, target: Target) -> Plan:
+    """A saved Plan for the graph that it was made for. Raises UsageError when it names other nodes or weights, or
+    kernels that the target's onnxruntime lacks."""
     ops = {n.name: n.op for n, _ in graph.walk()}
     named = [*ops, *plan.nodes, *plan.added, *plan.maskings]
     wrong = next((n for n in named if n not in ops or plan.node(n) is None or plan.nodes[n].op != ops[n]),
@@ -30,7 +35,24 @@ def replayed(plan: Plan, graph: Graph) -> Plan:
                 raise UsageError(f"the plan was made for another model: the weights {tensor.name!r} have "
                                  f"{dims[params.axis]} channels, not {params.scale.size}; make a plan of this model "
                                  "with --save-plan DIR")
+    _check_kernels(plan, graph, target)
     return plan
+
+
+def _check_kernels(plan: Plan, graph: Graph, target: Target) -> None:
+    nodes = {n.name: n for n, _ in graph.walk()}
+    for verdict in plan.quantized():
+        form = layout(plan, verdict.weight) if verdict.weight is not None else None
+        why = None
+        if form is not None and verdict.activation == UNTOUCHED:
+            spec = TensorSpec(form.dtype.name, form.dtype.signed, "block", block_size=form.block_size)
+            why = weight_only.no_kernel(nodes[verdict.node], spec, target)
+        elif verdict.lowering in runtimes.KERNELS and verdict.lowering not in target.lowerings.values():
+            why = f"{target.name} has no such kernel"
+        if why is not None:
+            raise UsageError(f"the plan runs {verdict.node!r} as {verdict.lowering}, and {why} with onnxruntime "
+                             f"{target.since}; name a later --runtime, or make a plan for this one with --save-plan "
+                             "DIR")
 
 
 def _check_blocks(name: str, params: QuantParams, dims: Sequence[int | str | None]) -> None:

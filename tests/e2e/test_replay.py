@@ -81,3 +81,16 @@ def test_a_plan_whose_weights_have_another_shape_is_refused(tmp_path: Path) -> N
                   outliers="none", save_plan=tmp_path / "plan")
     with pytest.raises(UsageError, match="made for another model: the weights 'w'"):
         onnxq.compile(tmp_path / "b.onnx", tmp_path / "q.onnx", plan=tmp_path / "plan", measure=False)
+
+
+@pytest.mark.parametrize(("scheme", "before", "after"), [("w8a16", "1.20", "1.23"), ("w2a16", "1.22", "1.24"),
+                                                         ("w4a16", "1.26", "1.27")])
+def test_a_plan_with_kernels_that_a_runtime_lacks_is_refused(scheme: str, before: str, after: str,
+                                                             tmp_path: Path) -> None:
+    """Look-ups have a kernel from 1.23 on, 2 bits from 1.24 on; rows of 3 blocks have wrong zero points before 1.27."""
+    model = MODELS / "text_encoder" / "model.onnx"
+    given = {"measure": False, "threads": 1}
+    onnxq.compile(model, tmp_path / "a.onnx", scheme=scheme, save_plan=tmp_path / "plan", **given)
+    with pytest.raises(UsageError, match=f"with onnxruntime {before}; name a later --runtime, or make a plan"):
+        onnxq.compile(model, tmp_path / "b.onnx", plan=tmp_path / "plan", runtime=before, **given)
+    onnxq.compile(model, tmp_path / "b.onnx", plan=tmp_path / "plan", runtime=after, **given)
