@@ -95,6 +95,9 @@ def shadow(graph: Graph, plan: Plan, layers: Sequence[Layer]) -> Graph:
     part = replace(plan, nodes={}, activations=dict(plan.activations), bias_shifts={})
     for layer in layers:
         members = [layer.node, *parts[layer.node]]
+        if all(t.name != layer.makes for name in members for t in nodes[name].outputs):
+            # a Relu or Clip that stays, in front of the codes: see Target.symmetric
+            members.append(next(n.name for n in copy.nodes if any(t.name == layer.makes for t in n.outputs)))
         _clone(copy, [nodes[name] for name in members])
         for name in members:
             _plan_clone(part, plan, name)

@@ -45,6 +45,13 @@ def test_figures_of_every_scheme(name: str, scheme: str) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+def test_a_relu_in_front_of_codes_belongs_to_its_layer() -> None:
+    """On targets whose codes clamp nothing: it is computed in float, and the layer's codes are behind it."""
+    found = analyzed("digits_cnn", target="tensorrt")
+    assert len(found["layers"]) > 10
+    assert all(20 < layer["sqnr_db"] < 70 for layer in found["layers"])
+
+
 def test_layers_and_outputs_are_those_of_a_compilation(tmp_path: Path) -> None:
     found = analyzed("digits_cnn")
     made = onnxq.compile(MODELS / "digits_cnn" / "model.onnx", tmp_path / "o.onnx", samples=32, measure=False,
