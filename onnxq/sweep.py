@@ -28,7 +28,7 @@ from onnxq.progress import Progress, Silent
 from onnxq.recipe import Recipe
 from onnxq.report.report import Report
 from onnxq.request import several
-from onnxq.runtime.machine import session_options, target_here
+from onnxq.runtime.machine import elsewhere, session_options, target_here
 from onnxq.runtime.measure import compare_models, environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.schemes import BLOCK_SIZES, SEARCHES, Scheme, in_blocks
@@ -82,7 +82,7 @@ class _Sweep:
 
     def __init__(self, model: Path, base: Recipe, given: Row, shapes: Mapping[str, Sequence[int]],
                  bar: Progress) -> None:
-        self.model, self.base, self.given, self.bar = model, base, given, bar
+        self.model, self.base, self.given, self.shapes, self.bar = model, base, given, shapes, bar
         self.metric: float | None = None  # of the float model
         bar.stage("load")
         self.graph = load(model)
@@ -92,6 +92,7 @@ class _Sweep:
         self.notices = [] if named is not None else [
             "no data were given: timed on random inputs, and the error at the output is not known; give --eval DATA"]
         self.target = target_here(given["target"])
+        self.notices += [elsewhere(self.target)] * bool(elsewhere(self.target))
         PassManager(canonicalize()).run(self.graph, Context(self.target))
         self.reference = Session(model, SessionOptions(threads=given["threads"]))
         self.feeds = self._running(resized(verification.first_feeds(data, given["batch"], 1)[0], ports, shapes))
@@ -117,7 +118,7 @@ class _Sweep:
         with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
             path, plan = Path(folder) / "compiled.onnx", Path(folder) / "plan"
             report = compile(self.model, path, recipe=replace(self.base, scheme=scheme), measure=False, save_plan=plan,
-                             progress=_Within(self.bar), **self.given)
+                             shapes=self.shapes if self.target.static else {}, progress=_Within(self.bar), **self.given)
             compiled = Session(path, session_options(self.target, self.given["threads"]))
             found = {**_figures(report, self.given["metric"]),
                      "weight_error": _weight_error(self.graph, Plan.load(plan), self.target),

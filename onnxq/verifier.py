@@ -23,7 +23,7 @@ from onnxq.passes.transform.smooth import scaled_tensors
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import LayerRow, Report, Size
-from onnxq.runtime.machine import session_options, target_here
+from onnxq.runtime.machine import elsewhere, session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.session import Session, SessionOptions
 from onnxq.targets import Target
@@ -49,6 +49,7 @@ def verify(float_model: str | Path, compiled: str | Path, *, data: Any = None, m
     here = target_here(target)
     options = session_options(here, threads, must=True)
     report = Report(str(float_model), str(compiled), "")
+    report.verdict.notices += [elsewhere(here)] * bool(elsewhere(here))
     bar, paths = progress or Silent(), (Path(float_model), Path(compiled))
     with verification.stage(report, bar, "load"):
         graphs = (load(paths[0]), load(paths[1]))

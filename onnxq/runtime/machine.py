@@ -93,6 +93,12 @@ def session_options(target: Target, threads: int, must: bool = False) -> Session
     return SessionOptions(target.provider, threads, config=target.config, provider_options=target.provider_options)
 
 
+def elsewhere(target: Target) -> str:
+    """What is to be said of times and kernels that are a target's by the CPU here; "" where this machine is it."""
+    return "" if is_here(target) else (f"this machine is not {target.name}: times and kernels are those of the CPU "
+                                       "provider here")
+
+
 @dataclass(frozen=True)
 class Checking:
     """How a target's models are checked on this machine.

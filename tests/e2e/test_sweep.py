@@ -117,6 +117,14 @@ def test_sizes_that_do_not_go_together_are_left_out(tmp_path: Path) -> None:
         sweep(tmp_path / "m.onnx", vary={"bits": [4]}, shapes={"n": [2], "m": [3]})
 
 
+def test_targets_of_fixed_sizes_get_those_that_are_given(model: Path) -> None:
+    found = sweep(model, vary={"group_size": [32]}, shapes={"n": 4}, target="ascend", threads=1)
+    assert [feed["x"] for feed in found["feeds"]] == [[4, 64]]
+    assert "this machine is not ascend: times and kernels are those of the CPU provider here" in found["notices"]
+    with pytest.raises(UsageError, match="--shape n=N"):
+        sweep(model, vary={"group_size": [32]}, shapes={"n": [4, 8]}, target="ascend", threads=1)
+
+
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"vary": {"colour": ["red"]}}, UsageError, "--vary colour is not known; vary group_size, bits, symmetric, search"),
     ({"vary": {"group_size": [48]}}, UsageError, "--vary group_size=48 has no kernel here; use some of group_size="),

@@ -90,6 +90,12 @@ def test_what_ran_and_what_the_file_says_of_itself(compiled: Callable[[str], Pat
     assert [s.name for s in report.stages] == ["load", "measure", "read back", "accuracy"]
 
 
+def test_times_of_another_machine_are_told_as_such(compiled: Callable[[str], Path]) -> None:
+    said = "this machine is not web: times and kernels are those of the CPU provider here"
+    assert said in verified(compiled("qoperator"), target="web").verdict.notices
+    assert said not in verified(compiled("qoperator")).verdict.notices
+
+
 def test_a_model_against_itself_is_identical() -> None:
     report = verified(FLOAT, layers=True)
     assert report.accuracy is not None
