@@ -72,6 +72,15 @@ def test_a_deploy_graph_computes_what_its_pairs_do(opened, tmp_path, op, options
         wanted).max())
 
 
+def test_a_conv_whose_result_has_no_known_shape_is_checked_as_well(opened, tmp_path):
+    """An output may be declared without one; the rank is that of the weights."""
+    model = layer("Conv")
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    wanted = run(model, fed("Conv"))["y"]
+    save(rewritten(opened, model, [*deploy(), *as_standard()])[0], tmp_path / "standard.onnx")
+    assert np.allclose(run(tmp_path / "standard.onnx", fed("Conv"))["y"], wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_operators_have_the_attributes_and_types_of_the_parser(opened):
     graph, _ = rewritten(opened, layer("Conv"), deploy())
     quant, conv, dequant = graph.nodes

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from onnxq.graph import Graph, Node, Tensor, dtype_of
+from onnxq.graph import Graph, Node, Tensor, dtype_of, shape_of
 from onnxq.passes.ascend.ascend_operators import DEQUANT, QUANT
 from onnxq.passes.manager import Context, Pass
 
@@ -59,8 +59,9 @@ class StandardOperators(Pass):
         sums, result = node.inputs[0], node.outputs[0]
         bits = np.asarray(graph.read(node.inputs[1]), np.uint64).astype(np.uint32)
         scale = bits.view(np.float32)
-        if _of_conv(graph, sums):
-            scale = scale.reshape(-1, *([1] * (len(result.shape) - 2)))
+        conv = _conv_of(graph, sums)
+        if conv is not None:
+            scale = scale.reshape(_by_channel(conv.inputs[1]))
         factor = graph.constant(f"{result.name}.factor", scale)
         floats = graph.like(result, f"{result.name}.floats", "float32")
         graph.remove(node)
@@ -73,19 +74,24 @@ class StandardOperators(Pass):
         bias, result = graph.optional_input(node, 2), node.outputs[0]
         attrs = dict(node.attrs) if node.op == "Conv" else {}
         op, inputs = _INTEGER[node.op], list(node.inputs[:2])
+        shape = _by_channel(inputs[1]) if op == "ConvInteger" else (-1,)
         graph.remove(node)
         product: Tensor = result if bias is None else graph.like(result, f"{result.name}.product", "int32")
         graph.add_node(op, f"{node.name}/{op.lower()}", inputs, [product], attrs)
         if bias is not None:
-            shape = (-1, *([1] * (len(result.shape) - 2))) if op == "ConvInteger" else (-1,)
             values = np.asarray(graph.read(bias), np.int32).reshape(shape)
             added = graph.constant(f"{result.name}.bias_codes", values)
             graph.add_node("Add", f"{node.name}/bias_of_{op.lower()}", [product, added], [result])
         return True
 
 
-def _of_conv(graph: Graph, sums: Tensor) -> bool:
-    """Whether sums are a Conv's, [N, C, ..], with its bias or without."""
+def _by_channel(weight: Tensor) -> tuple[int, ...]:
+    """The shape of numbers for each output channel of a Conv, [M, 1, ..], beside its weight [M, C, ..]."""
+    return (-1, *([1] * (len(shape_of(weight) or ()) - 2)))
+
+
+def _conv_of(graph: Graph, sums: Tensor) -> Node | None:
+    """The Conv that makes sums [N, M, ..], with its bias or without, if one does."""
     maker = graph.producer(sums)
     makers = [maker, *(graph.producer(t) for t in maker.inputs)] if maker is not None and maker.op == "Add" else [maker]
-    return any(m is not None and m.op in ("Conv", "ConvInteger") for m in makers)
+    return next((m for m in makers if m is not None and m.op in ("Conv", "ConvInteger")), None)
