@@ -158,6 +158,9 @@ def check(request: Request, output_format: str, force: bool) -> None:
     if (pruned.channels_share or pruned.heads_share) and request.calib is None and request.plan is None:
         raise UsageError("channels and heads are taken out by what layers read, for which others make up; give --calib "
                          "DATA")
+    if request.recipe.pack and not request.target.decodes:
+        raise UsageError(f"packed weights are decoded as a model is loaded, and {request.target.name} decodes none; "
+                         "leave --pack out")
     if request.recipe.pack and not takes(request.target, 4):
         remedy = "leave --pack out" + ("" if 4 in request.target.code_bits else ", or name a later --runtime")
         raise UsageError("packed weights are decoded by operators that onnxruntime has from 1.23 on, and ONNX from "

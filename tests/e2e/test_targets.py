@@ -188,8 +188,8 @@ def opset_of(path: Path) -> int:
     return next(o.version for o in onnx.load(path).opset_import if o.domain == "")
 
 
-@pytest.mark.parametrize(("target", "runtime"), [("cpu", "1.20"), ("portable", None), ("tensorrt", None),
-                                                 ("cuda", None), ("cann", None), ("ascend", None)])
+@pytest.mark.parametrize(("target", "runtime"), [("cpu", "1.20"), ("portable", None), ("cuda", None),
+                                                 ("cann", None), ("ascend", None)])
 def test_a_model_that_is_not_run_is_made_as_legal_as_one_that_is(tmp_path, target, runtime):
     given = {"scheme": "w4a16", "target": target, "runtime": runtime, "measure": False, "threads": 1,
              "shapes": {"n": 4} if TARGETS[target].static else {}}
@@ -210,6 +210,12 @@ def test_codes_of_4_bits_do_not_lead_out_of_the_opsets_of_a_target(tmp_path):
     assert opset_of(tmp_path / "out.onnx") == 18
     with pytest.raises(UsageError, match=r"opset 21 on, which ascend does not take; leave --pack out$"):
         onnxq.compile(tmp_path / "m.onnx", tmp_path / "packed.onnx", pack=True, **given)
+
+
+def test_a_target_that_decodes_no_weights_gets_no_packed_ones(tmp_path):
+    onnx.save(layers_of(), tmp_path / "m.onnx")
+    with pytest.raises(UsageError, match="tensorrt decodes none; leave --pack out"):
+        onnxq.compile(tmp_path / "m.onnx", tmp_path / "out.onnx", target="tensorrt", scheme="float", pack=True)
 
 
 def test_axes_without_a_name_are_no_axes_to_name(tmp_path):
