@@ -191,7 +191,9 @@ class Planning:
         if self.target.floats != "float16":
             return
         with self.stage("float16"):
+            small = halving.small_scales(self.graph_for(plan), plan)
             plan.wide, plan.limits = halving.decide(self._lowered(plan))
+            plan.wide |= {name: why for name, why in small.items() if name not in plan.wide}
         for name, why in plan.wide.items():
             if name in plan.nodes:
                 plan.nodes[name] = replace(plan.nodes[name], reason=f"{plan.nodes[name].reason}; float32: {why}")

@@ -28,13 +28,16 @@ from onnxq.graph import (
     shape_of,
 )
 from onnxq.numerics import halves
+from onnxq.passes.blocks import layout
 from onnxq.passes.halving import slots_of
+from onnxq.plan import UNTOUCHED, Plan
 from onnxq.planner import half_regions
 from onnxq.planner.half_regions import MOVES, Found
 
 _SHARE = 0.25  # of float16's range, which other data than those of the calibration may pass
 _FEW = 64  # elements whose sum is taken to fit
 _ROWS = 1 << 22  # elements of a constant that are read at a time
+_COARSE = halves.SMALLEST_NORMAL / 8  # float16 has fewer than 8 digits of smaller numbers
 _FILL = 1e9  # from here on a number stands for infinity
 
 _SUMS = frozenset({"ReduceL1", "ReduceSum", "Sum"})
@@ -65,6 +68,30 @@ def decide(graph: Graph, ranges: Mapping[str, tuple[float, float]] | None = None
     for name in ends:
         del wide[name]
     return wide, _constants(graph, wide, ends)
+
+
+def small_scales(graph: Graph, plan: Plan) -> dict[str, str]:
+    """Node -> why it stays float32, of those with weights in blocks whose scales have too few digits in float16, all of
+    them; `graph` is the float one that the Plan tells of. Weights are read, a block of rows at a time, where their
+    scales are not known yet."""
+    found: dict[str, str] = {}
+    largest: dict[str, float] = {}
+    for node, _ in graph.walk():
+        verdict = plan.node(node.name)
+        name = verdict.weight if verdict is not None and verdict.is_int and verdict.activation == UNTOUCHED else None
+        form = layout(plan, name) if name is not None else None
+        if name is None or form is None:
+            continue
+        if name not in largest:
+            known = plan.weights.get(name)
+            if known is not None:
+                largest[name] = float(np.max(known.scale, initial=0))
+            else:
+                least, greatest, _ = _look(graph, next(t for t in node.inputs if t.name == name))
+                largest[name] = max(-least, greatest) / 2 ** (form.dtype.bits - 1)
+        if 0 < largest[name] < _COARSE:
+            found[node.name] = "the scales of its weights have too few digits in float16"
+    return found
 
 
 # ------------------------------------------------------------------ single nodes

@@ -371,3 +371,21 @@ def test_a_half_model_without_half_weights(tmp_path: Path) -> None:
     made = made_of(model, tmp_path, calib="random", keep_float=["*"])
     assert made.report.ok
     assert stored_types(made.output) == {"w": TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("memory", [None, "10KB"])
+def test_blocks_whose_scales_float16_does_not_hold_stay_float32(tmp_path: Path, memory: str | None) -> None:
+    """Scales of 1e-6 / 127 and less are 0 in float16, or close to it."""
+    onnx.save(make_model([node("MatMul", "x w", "a", name="small"), node("Mul", "a k", "b"),
+                          node("MatMul", "b v", "y", name="usual")], {"x": ["n", 64]}, {"y": ["n", 64]},
+                         {"w": random(64, 64) * np.float32(1e-6), "k": np.float32(1e5), "v": random(64, 64, seed=1)}),
+              tmp_path / "m.onnx")
+    report = onnxq.compile(tmp_path / "m.onnx", tmp_path / "o.onnx", scheme="w8a16", target="cuda", measure=False,
+                           max_memory=memory, threads=1)
+    reasons = {n.name: n.reason for n in report.nodes}
+    assert reasons["small"].endswith("float32: the scales of its weights have too few digits in float16")
+    assert "float32" not in reasons["usual"]
+    feed = {"x": random(4, 64, seed=2)}
+    wanted = run(tmp_path / "m.onnx", feed)["y"]
+    error = run(tmp_path / "o.onnx", feed, optimize=True)["y"] - wanted
+    assert np.square(error).sum() < 1e-3 * np.square(wanted).sum()
