@@ -19,7 +19,7 @@ from onnxq.graph import load
 from onnxq.ports import Port
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import measure
-from onnxq.runtime.machine import session_options, target_here
+from onnxq.runtime.machine import elsewhere, session_options, target_here
 from onnxq.runtime.session import Session
 from onnxq.version import VERSION
 
@@ -56,6 +56,8 @@ def bench(model: str | Path, other: str | Path | None = None, *, data: Any = Non
         timing = measure.compare_models(a, Session(other, options), feeds, block_seconds=BLOCK_SECONDS)
         found |= {"a_ms": timing.a_ms, "b_ms": timing.b_ms, "ratio": timing.ratio, "low": timing.ratio_low,
                   "high": timing.ratio_high}
+    said = elsewhere(target_here(target))
+    found["notices"] = [said] * bool(said)
     bar.stage("memory")
     found["peak_memory_bytes"] = {key: peak_memory(path, feeds[0], threads, target)
                                   for key, path in (("a", model), ("b", other)) if path is not None}

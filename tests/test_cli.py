@@ -48,8 +48,8 @@ SWEPT = {"model": "m.onnx", "scheme": "w4a16", "target": "cpu", "metric": None, 
          "rows": [{"bits": 4, "bytes": 300, "weight_error": 0.1, "sqnr_db": 20.0, "metric": None, "latency": [
              {"float_ms": 1.0, "compiled_ms": 0.5, "speedup": 2.0, "low": 1.9, "high": 2.1}]}]}
 BENCH_DEFAULTS = {"target": "cpu", "data": None, "shapes": {}, "threads": 0}
-BENCHED = {"model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9, "high": 2.1,
-           "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
+BENCHED = {"notices": [], "model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9,
+           "high": 2.1,           "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
            "peak_memory_bytes": {"a": 2_000_000, "b": 1_000_000}, "environment": {}}
 
 

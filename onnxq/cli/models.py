@@ -19,7 +19,7 @@ from onnxq.cli.options import (
     target_option,
     threads_option,
 )
-from onnxq.cli.output import print_json, print_text, show, show_export, with_progress
+from onnxq.cli.output import print_json, print_text, say, show, show_export, with_progress
 from onnxq.report import terminal
 
 
@@ -90,6 +90,8 @@ def bench_models(model: str, other: str | None, shapes: dict[str, int], threads:
 
     found = with_progress(bench, False, model, other, shapes=shapes, threads=threads or 0, **options)
     print_json(found) if as_json else print_text(terminal.bench(found))
+    for notice in found["notices"] if not as_json else ():
+        say(f"Note: {notice}", "yellow")
 
 
 @click.command("inspect", short_help="Tell what is in a model and what can be quantized.")

@@ -15,6 +15,9 @@ from onnxq.graph.tensors import dtype_of, store
 from onnxq.graph.types import STANDARD, paired
 
 _RESHAPED = {"GroupNormalization": 21}  # operators whose inputs changed their shape with a version
+# (operator, attribute, value) that came with a version, of attributes that there were before
+_VALUES = {("Pad", "mode", "wrap"): 19, ("Resize", "coordinate_transformation_mode", "half_pixel_symmetric"): 19,
+           ("GridSample", "mode", "linear"): 20, ("GridSample", "mode", "cubic"): 20}
 _MASK = "onnxq.unknown"  # the domain that operators have meanwhile which only the runtime knows
 
 
@@ -63,6 +66,8 @@ def lower_opset(graph: Graph, version: int) -> str | None:
 
 def _was(node: Node, version: int) -> bool:
     if not defs.has(node.op, version, "") or (node.op in _RESHAPED and version < _RESHAPED[node.op]):
+        return False
+    if any(_VALUES.get((node.op, name, str(value)), 0) > version for name, value in node.attrs.items()):
         return False
     schema = defs.get_schema(node.op, version, "")
     if not set(node.attrs) <= set(schema.attributes) or not (

@@ -15,7 +15,7 @@ from onnxq.bench import bench
 from onnxq.errors import DataError, ModelError, UsageError
 
 bench_module = importlib.import_module("onnxq.bench")  # onnxq.bench is the function
-KEYS = {"model", "other", "shapes", "threads", "data", "a_ms", "peak_memory_bytes", "environment"}
+KEYS = {"model", "other", "shapes", "threads", "data", "a_ms", "notices", "peak_memory_bytes", "environment"}
 
 
 @pytest.fixture(autouse=True)

@@ -32,8 +32,9 @@ def test_what_has_not_changed_is_called_older_and_computes_the_same(opened, tmp_
     (node("Gelu", "x", "y"), {"x": [2, 3]}, {}, 20, 19),
     (node("Split", "x", "y z", num_outputs=2), {"x": [2, 4]}, {}, 18, 17),
     (node("LayerNormalization", "x s", "y"), {"x": [2, 3]}, {"s": np.ones(3, np.float32)}, 17, 16),
+    (node("Pad", "x pads", "y", mode="wrap"), {"x": [2, 3]}, {"pads": np.asarray([0, 1, 0, 1])}, 19, 18),
     (node("ReduceMax", "x", "y"), {"x": (TensorProto.BOOL, [2, 3])}, {}, 20, 18),
-], ids=["same", "axes as input", "new operator", "attribute", "norm", "type"])
+], ids=["same", "axes as input", "new operator", "attribute", "norm", "value", "type"])
 def test_what_came_with_a_version_stands_in_the_way(opened, made, inputs, stored, later, older):
     kind = TensorProto.BOOL if made.op_type == "ReduceMax" else TensorProto.FLOAT
     graph = opened(make_model([made], inputs, {"y": (kind, None)}, stored, opset=later, ir_version=9))
