@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from onnxq.errors import UsageError
 from onnxq.graph import Graph, free_axes, lower_opset
-from onnxq.passes.decompose import decompose
+from onnxq.passes.decompose import decompose, lacking
 from onnxq.passes.manager import Context, Pass
 from onnxq.passes.static_shapes import static_shapes
 from onnxq.recipe import Recipe
@@ -88,6 +89,15 @@ def sized(graph: Graph, target: Target, shapes: Mapping[str, Sequence[int]]) -> 
 def spelled_out(target: Target) -> list[Pass]:
     """Passes that write what a target lacks as operators that it has."""
     return decompose(frozenset(target.operators)) if target.operators is not None else []
+
+
+def foreign(graph: Graph, target: Target) -> str:
+    """What is to be said of operators that a target's provider lacks, which no pass spells out; "" where it has all."""
+    found = Counter(lacking(graph, frozenset(target.operators)).values()) if target.operators is not None else {}
+    if not found:
+        return ""
+    listed = ", ".join(f"{count} {op}" for op, count in sorted(found.items()))
+    return f"{target.name} has no {listed}: onnxq check tells where these run"
 
 
 def coarser(chosen: Recipe) -> Recipe | None:

@@ -13,7 +13,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from onnxq import notices, sizes, streaming, verification
-from onnxq.aiming import coarser, lower, sized, spelled_out, target_for
+from onnxq.aiming import coarser, foreign, lower, sized, spelled_out, target_for
 from onnxq.calibration.readers import Dataset, open_data
 from onnxq.errors import GraphError, OutputError
 from onnxq.explanation import codes
@@ -241,6 +241,8 @@ class _Compilation:
         lower(graph, self.request.target)
         if self.request.target.static:
             graph = settled(graph, self.context)
+        said = foreign(graph, self.request.target)
+        self.report.verdict.notices += [said] * bool(said)
         if not (self.request.target.portable and self.recipe.scheme.is_weight_only):
             return graph
         wanted, most = weight_only.opset(graph, rules.schemes(graph, self.recipe)), self.request.target.opset

@@ -131,3 +131,10 @@ class TestOlder:
         aiming.lower(opened(model), aiming.target_for("cpu", runtime="1.19"))
         with pytest.raises(UsageError, match=r"opset 20.* takes 18 at most, but Gelu 'Gelu_y' is not of opset 18"):
             aiming.lower(opened(model), TARGETS["ascend"])
+
+
+def test_operators_that_a_target_lacks_are_named(opened):
+    graph = opened(make_model([node("Einsum", "x x", "y", equation="ij,ij->ij"), node("Relu", "y", "z")],
+                              {"x": [2, 3]}, {"z": [2, 3]}))
+    assert aiming.foreign(graph, TARGETS["cpu"]) == ""
+    assert aiming.foreign(graph, TARGETS["cann"]) == "cann has no 1 Einsum: onnxq check tells where these run"

@@ -49,7 +49,7 @@ SWEPT = {"model": "m.onnx", "scheme": "w4a16", "target": "cpu", "metric": None, 
              {"float_ms": 1.0, "compiled_ms": 0.5, "speedup": 2.0, "low": 1.9, "high": 2.1}]}]}
 BENCH_DEFAULTS = {"target": "cpu", "data": None, "shapes": {}, "threads": 0}
 BENCHED = {"notices": [], "model": "a.onnx", "other": "b.onnx", "a_ms": 4.0, "b_ms": 2.0, "ratio": 2.0, "low": 1.9,
-           "high": 2.1,           "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
+           "high": 2.1, "shapes": {"x": [1, 8]}, "threads": 0, "data": "random inputs",
            "peak_memory_bytes": {"a": 2_000_000, "b": 1_000_000}, "environment": {}}
 
 

@@ -19,6 +19,7 @@ from onnxq.passes.ascend.ascend_operators import DEQUANT, QUANT
 from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.targets import TARGETS
 
+_CHOOSE = frozenset({"If", "Loop", "Scan"})  # which compiling leaves as they are
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 STANDARD = "standard.onnx"  # what the device computes, in operators of ONNX
 
@@ -54,7 +55,8 @@ def _check(graph: Graph, model: Path) -> None:
     assert target.opset is not None
     foreign = sorted({f"{n.domain}.{n.op}" if n.domain else n.op for n, _ in graph.walk()} - set(target.operators))
     if foreign:
-        raise ModelError(f"{model} holds {', '.join(foreign)}, which ATC does not take; {remedy}")
+        last = remedy if "onnxq.plan" not in graph.metadata or set(foreign) - _CHOOSE else "export it without them"
+        raise ModelError(f"{model} holds {', '.join(foreign)}, which ATC does not take; {last}")
     if graph.opset > target.opset:
         raise ModelError(f"{model} is of opset {graph.opset}, and ATC reads up to {target.opset}; {remedy}")
     free, unnamed = free_axes(graph)
