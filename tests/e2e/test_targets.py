@@ -62,34 +62,35 @@ def test_portable_models_hold_operators_of_onnx_alone(tmp_path):
         assert {n.domain for n in onnx.load(output).graph.node} <= {"", "ai.onnx"}
 
 
-class TestTensorRT:
-    @pytest.fixture(scope="class")
-    def model(self, tmp_path_factory) -> onnx.ModelProto:
-        output = tmp_path_factory.mktemp("tensorrt") / "out.onnx"
-        compiled(CNN, output, "tensorrt")
-        return onnx.load(output)
+@pytest.fixture(scope="module")
+def for_tensorrt(tmp_path_factory) -> onnx.ModelProto:
+    output = tmp_path_factory.mktemp("tensorrt") / "out.onnx"
+    compiled(CNN, output, "tensorrt")
+    return onnx.load(output)
 
-    def test_codes_are_int8_around_zero(self, model):
-        stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-        pairs = [n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+
+class TestTensorRT:
+    def test_codes_are_int8_around_zero(self, for_tensorrt):
+        stored = {t.name: numpy_helper.to_array(t) for t in for_tensorrt.graph.initializer}
+        pairs = [n for n in for_tensorrt.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
         assert len(pairs) > 20
         for pair in pairs:
             zero = stored[pair.input[2]]
             assert zero.dtype == np.int8
             assert not zero.any()
 
-    def test_biases_are_float(self, model):
-        stored = {t.name: t.data_type for t in model.graph.initializer}
-        biases = [n.input[2] for n in model.graph.node if n.op_type == "Conv" and len(n.input) > 2]
+    def test_biases_are_float(self, for_tensorrt):
+        stored = {t.name: t.data_type for t in for_tensorrt.graph.initializer}
+        biases = [n.input[2] for n in for_tensorrt.graph.node if n.op_type == "Conv" and len(n.input) > 2]
         assert biases
         assert {stored[name] for name in biases} == {onnx.TensorProto.FLOAT}
 
-    def test_a_relu_stays_before_the_pair(self, model):
-        made = {t: n for n in model.graph.node for t in n.output}
-        before = Counter(made[n.input[0]].op_type for n in model.graph.node
+    def test_a_relu_stays_before_the_pair(self, for_tensorrt):
+        made = {t: n for n in for_tensorrt.graph.node for t in n.output}
+        before = Counter(made[n.input[0]].op_type for n in for_tensorrt.graph.node
                          if n.op_type == "QuantizeLinear" and n.input[0] in made)
         assert before["Relu"] >= 3
-        assert "Relu" in {n.op_type for n in model.graph.node}
+        assert "Relu" in {n.op_type for n in for_tensorrt.graph.node}
 
 
 def test_tensorrt_gets_no_weights_that_a_cast_decodes(tmp_path):

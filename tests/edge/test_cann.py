@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -25,29 +27,39 @@ def python(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-def run(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    packages = str(Path(onnxq.__file__).parent.parent)
-    return subprocess.run([str(python), *words], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHONPATH": packages})
+@pytest.fixture(scope="session")
+def run(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs that environment's Python with onnxq in it, and none of what is installed beside onnxq here."""
+    alone = tmp_path_factory.mktemp("alone")
+    (alone / "onnxq").symlink_to(Path(onnxq.__file__).parent)
+    told = Path(str(distribution("onnxq").locate_file(""))).glob("onnxq-*.dist-info")  # its version
+    for folder in told:
+        (alone / folder.name).symlink_to(folder)
+
+    def call(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(python), *words], capture_output=True, text=True, check=False, cwd=alone,
+                              env={**os.environ, "PYTHONPATH": str(alone)})
+
+    return call
 
 
-def test_the_wheel_names_a_provider_that_does_not_start(python):
-    done = run(python, "-c", "import numpy, onnxruntime as o; print(numpy.__version__, o.get_available_providers())")
+def test_the_wheel_names_a_provider_that_does_not_start(run):
+    done = run("-c", "import numpy, onnxruntime as o; print(numpy.__version__, o.get_available_providers())")
     assert done.stdout.startswith("1.26")
     assert "CANNExecutionProvider" in done.stdout
-    listed = json.loads(run(python, "-m", "onnxq", "targets", "--json").stdout)
+    listed = json.loads(run("-m", "onnxq", "targets", "--json").stdout)
     assert {t["name"]: t["here"] for t in listed}["cann"] is False
 
 
-def test_a_model_is_compiled_and_checked_by_the_cpu_and_says_so(python, tmp_path):
+def test_a_model_is_compiled_and_checked_by_the_cpu_and_says_so(run, tmp_path):
     output = tmp_path / "out.onnx"
-    done = run(python, "-m", "onnxq", "compile", str(CNN / "model.onnx"), "-o", str(output), "--target", "cann",
+    done = run("-m", "onnxq", "compile", str(CNN / "model.onnx"), "-o", str(output), "--target", "cann",
                "--shape", "batch=10", "--batch", "10", "--eval", str(CNN / "eval.npz"), "--metric", "top1",
                "--max-drop", "0.5pt")
     assert done.returncode == 0, done.stderr
     assert "CANNExecutionProvider is not here" in done.stderr
     assert "source its set_env.sh" in done.stderr
-    asked = run(python, "-m", "onnxq", "verify", str(CNN / "model.onnx"), str(output), "--target", "cann")
+    asked = run("-m", "onnxq", "verify", str(CNN / "model.onnx"), str(output), "--target", "cann")
     assert asked.returncode == 3
     assert "CANNExecutionProvider did not start" in asked.stderr
     assert "pip install onnxruntime-cann and the CANN toolkit" in asked.stderr

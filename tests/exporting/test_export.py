@@ -317,7 +317,7 @@ def test_a_target_that_is_not_here(tmp_path: Path) -> None:
     told = manifest(tmp_path / "cann")
     (entry,) = told["models"]
     assert (told["target"], entry["provider"]) == ("cann", "CANNExecutionProvider")
-    assert (entry["config"], entry["provider_options"]["precision_mode"]) == ({"session.x": "1"}, "force_fp16")
+    assert (entry["config"], entry["provider_options"]["precision_mode"]) == ({"session.x": "1"}, "allow_fp32_to_fp16")
     output = told["sample"]["outputs"][0]
     largest = float(np.abs(np.fromfile(tmp_path / "cann" / output["file"], "<f4")).max())
     assert output["tolerance"] > 4 * 2.0 ** -10 * largest
