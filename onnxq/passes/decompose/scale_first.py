@@ -41,6 +41,8 @@ class ScaleFirst(Pass):
         factor = 1 / number if user.op == "Div" else number
         if abs(factor) >= 1:
             return context.skip(node, "it is not scaled down")
+        if graph.has(f"{node.name}.scaled"):
+            return context.skip(node, "its first operand is scaled already; a second scale stays behind it")
         scale = graph.constant(f"{node.name}.scale", np.asarray(factor, np.float32))
         scaled = graph.like(node.inputs[0], f"{node.name}.scaled", FLOAT32)
         graph.add_node("Mul", f"{node.name}/scaled", [node.inputs[0], scale], [scaled])
