@@ -307,9 +307,8 @@ def test_products_are_scaled_first(item: onnx.NodeProto, c: float, fires: Try) -
 def test_a_second_scale_stays_behind(fires: Try) -> None:
     model = scaled(node("Mul", "s c", "t"), 0.3)
     model.graph.node.insert(2, node("Mul", "t c", "y"))
-    graph, skips = fires(model, ScaleFirst(), QK, NPU)
+    graph, _ = fires(model, ScaleFirst(), QK, NPU)  # a second run, which sees the second scale, edits nothing
     assert [n.op for n in graph.nodes] == ["Mul", "MatMul", "Mul", "Softmax"]
-    assert ("product", "its first operand is scaled already; a second scale stays behind it") in skips
 
 
 def test_scores_that_float16_does_not_hold(opened: Opener, written: Any) -> None:
