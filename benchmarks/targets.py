@@ -106,7 +106,7 @@ def _missed(case: models.Case, row: dict[str, Any]) -> list[str]:
     made = runs.Row(case.name, "onnxq", case.scored_by, 0, score=row["score"])
     wanted = [g for g in goals.read() if g.model == case.name and g.figure in ("drop", "ratio", "value",
                                                                                "pooled_cosine") and g.tool == made.tool]
-    return [o.goal for o in goals.check(wanted, [made], []) if o.met is False]
+    return [o.goal.goal for o in goals.check(wanted, [made], []) if o.met is False]
 
 
 def _write(found: list[dict[str, Any]], options: Any) -> None:

@@ -18,6 +18,4 @@ WEB = replace(
     provider="wasm",
     summary="onnxruntime-web: WebAssembly in browsers and Node",
     machines=frozenset(),
-    # layouts and padded channels were timed on x86-64 alone
-    padded_channels=frozenset(),
 )
