@@ -82,8 +82,13 @@ def sized(graph: Graph, target: Target, shapes: Mapping[str, Sequence[int]]) -> 
     missing = [axis for axis in free if len(shapes.get(axis, ())) != 1]
     if missing:
         raise UsageError(f"target {target.name} wants a size for each free axis; give "
-                         f"{' '.join(f'--shape {axis}=N' for axis in missing)}")
+                         f"{sizes_of(missing)}")
     return static_shapes(graph, {axis: sizes[0] for axis, sizes in shapes.items()}, Context(target))
+
+
+def sizes_of(axes: Sequence[str]) -> str:
+    """The options that give axes their sizes, as a remedy."""
+    return " ".join(f"--shape {axis}=N" for axis in axes)
 
 
 def spelled_out(target: Target) -> list[Pass]:

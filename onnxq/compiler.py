@@ -148,8 +148,9 @@ class _Compilation:
             self._decide(feeds, source, compiled)
             with self.stage("rewrite"):
                 graph = self._write(compiled, twin)
-            self.proof.verify(self.context.plan, Files(self.reference, compiled, twin), feeds, self.made)
-            self.proof.accuracy(self.context.plan, Files(self.reference, compiled, twin), calib, evaluation)
+            files = Files(self.reference, compiled, twin)
+            self.proof.verify(self.context.plan, files, feeds, self.made)
+            self.proof.accuracy(self.context.plan, files, calib, evaluation)
         with self.stage("save"):
             save(graph, request.output)
         spool.remove()

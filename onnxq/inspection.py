@@ -11,7 +11,7 @@ import numpy as np
 from onnxq import presets, verification
 from onnxq.aiming import aim
 from onnxq.explanation import codes
-from onnxq.graph import Graph, dtype_of, is_constant, load, port_of, shape_of
+from onnxq.graph import Graph, dtype_of, full_name, is_constant, load, port_of, shape_of
 from onnxq.numerics import dtypes
 from onnxq.passes.canonicalize import canonicalize
 from onnxq.passes.manager import Context, PassManager
@@ -30,7 +30,7 @@ def inspect(model: str | Path, *, scheme: str | None = None, target: str = "cpu"
     here = target_here(target)
     recipe = aim(presets.named(scheme or here.scheme), here)
     graph = load(model)
-    operators = Counter(_operator(node) for node, _ in graph.walk())
+    operators = Counter(full_name(node) for node, _ in graph.walk())
     ports = {"inputs": _ports(graph.inputs), "outputs": _ports(graph.outputs)}
     by_dtype: Counter[str] = Counter()
     for dtype, count in _weights(graph).values():
@@ -43,10 +43,6 @@ def inspect(model: str | Path, *, scheme: str | None = None, target: str = "cpu"
             "operators": dict(operators.most_common()), "weight_bytes": dict(by_dtype.most_common()),
             "int8_share": _int8_share(nodes, _weights(graph)),
             "nodes": [row.to_dict() for row in rows]}
-
-
-def _operator(node: Any) -> str:
-    return f"{node.domain}.{node.op}" if node.domain else str(node.op)
 
 
 def _ports(tensors: list[Any]) -> dict[str, str]:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from onnxq import verification
-from onnxq.aiming import NAMELESS, target_for
+from onnxq.aiming import NAMELESS, sizes_of, target_for
 from onnxq.calibration.readers import open_data
 from onnxq.errors import DataError, ModelError
-from onnxq.graph import Graph, Node, dtype_of, free_axes, is_constant, load, read_nodes, shape_of
-from onnxq.runtime.machine import checking, is_here
+from onnxq.graph import Graph, Node, dtype_of, free_axes, full_name, is_constant, load, read_nodes, shape_of
+from onnxq.runtime.machine import WASM, checking, is_here
 from onnxq.runtime.observe import Executed, Planned, executed, match, optimized
 from onnxq.runtime.session import CPU, SessionOptions
 from onnxq.targets import Target
@@ -52,7 +52,7 @@ def check(model: str | Path, *, target: str = "cpu", runtime: str | None = None,
     graph = load(model)
     notes = [] if aim.opset is None or graph.opset <= aim.opset else [
         f"the model is of opset {graph.opset}, and onnxruntime {aim.since} takes {aim.opset} at most"]
-    placed = _on_cpu(model, graph, aim, threads) if aim.provider in (CPU, "wasm") else _by_table(graph, aim)
+    placed = _on_cpu(model, graph, aim, threads) if aim.provider in (CPU, WASM) else _by_table(graph, aim)
     notes += [_free_axes(graph)] if aim.static and _free_axes(graph) else []
     compared = _compared(model, graph, aim, placed, data, threads, notes) if is_here(aim) else None
     if not is_here(aim):
@@ -79,7 +79,7 @@ def _planned(graph: Graph) -> list[Planned]:
 
 
 def _placed(node: Node, provider: str, kernel: Executed | None) -> Placed:
-    own = f"{node.domain}.{node.op}" if node.domain else node.op
+    own = full_name(node)
     if kernel is None:
         return Placed(node.name, own, FOLDED, "", "folded as the model is loaded")
     return Placed(node.name, own, provider, kernel.op)
@@ -93,22 +93,22 @@ def _by_table(graph: Graph, target: Target) -> list[Placed]:
     shapes = _shape_arithmetic(graph)
     found = []
     for node in graph.nodes:
-        own = f"{node.domain}.{node.op}" if node.domain else node.op
-        reason = _refused(graph, node, own, target)
+        own, reason = full_name(node), _refused(graph, node, target)
         if reason is None and target.sizes_on_cpu and node.name in shapes:
             reason = _SHAPES
         found.append(Placed(node.name, own, target.provider if reason is None else CPU, own, reason or ""))
     return found
 
 
-def _refused(graph: Graph, node: Node, own: str, target: Target) -> str | None:
+def _refused(graph: Graph, node: Node, target: Target) -> str | None:
     """Why a provider does not take a node; None where it does."""
     if node.op in ("If", "Loop", "Scan") and not node.domain:
         inner = [n.op for owner, body in graph.subgraphs() if owner is node for n, _ in body.walk()
-                 if _refused(body, n, f"{n.domain}.{n.op}" if n.domain else n.op, target) is not None]
+                 if _refused(body, n, target) is not None]
         if inner:
             return f"its body holds {', '.join(sorted(set(inner)))}"
     assert target.operators is not None
+    own = full_name(node)
     if own not in target.operators:
         return f"the provider has no {own}"
     if target.symmetric and node.op in ("QuantizeLinear", "DequantizeLinear"):
@@ -181,7 +181,7 @@ def _free_axes(graph: Graph) -> str:
     if unnamed:
         return f"the provider compiles the model anew for each size of {', '.join(unnamed)}: {NAMELESS}"
     return (f"the provider compiles the model anew for each size of {', '.join(free)}: fix them with "
-            f"{' '.join(f'--shape {axis}=N' for axis in free)}") if free else ""
+            f"{sizes_of(free)}") if free else ""
 
 
 def _compared(model: str | Path, graph: Graph, target: Target, placed: list[Placed], data: Any, threads: int,

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxq.errors import UsageError
-from onnxq.graph import Graph, Node, Tensor, dtype_of, is_constant, shape_of
+from onnxq.graph import Graph, Node, Tensor, dtype_of, full_name, is_constant, shape_of
 from onnxq.numerics import packing
 from onnxq.numerics.affine import QuantParams
 from onnxq.numerics.dtypes import by_name
@@ -270,7 +270,7 @@ def row_of(node: Node, graph: Graph, encodings: Mapping[str, Encoding]) -> NodeR
     `stored` then), counts as a weight, and a float tensor as codes where it was decoded right in front of the node or
     is quantized right behind it.
     """
-    op, told = f"{node.domain}.{node.op}" if node.domain else str(node.op), parameters(node)
+    op, told = full_name(node), parameters(node)
     weights, read, scheme = [], [], ""
     for tensor in [t for k, t in enumerate(node.inputs) if t.name in encodings and k not in told]:
         maker = graph.producer(tensor)

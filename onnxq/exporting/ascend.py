@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from onnxq.aiming import sizes_of
 from onnxq.errors import ModelError
-from onnxq.graph import Graph, dtype_of, free_axes, load, save, shape_of
+from onnxq.graph import Graph, dtype_of, free_axes, full_name, load, save, shape_of
 from onnxq.passes.ascend import as_standard, deploy, for_amct
-from onnxq.passes.ascend.ascend_operators import DEQUANT, QUANT
+from onnxq.passes.ascend.ascend_operators import DEQUANT, LAYERS, QUANT
 from onnxq.passes.manager import Context, Pass, PassManager
 from onnxq.targets import TARGETS
 
 _CHOOSE = frozenset({"If", "Loop", "Scan"})  # which compiling leaves as they are
-_LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 STANDARD = "standard.onnx"  # what the device computes, in operators of ONNX
 
 
@@ -31,10 +31,11 @@ def write(model: Path, folder: Path, soc: str | None) -> dict[str, Any]:
     """
     graph = load(model)
     _check(graph, model)
-    skips = _rewritten(load(model), deploy(), folder / "deploy.onnx")
-    _rewritten(load(model), for_amct(), folder / "qat.onnx")
-    _rewritten(load(folder / "deploy.onnx"), as_standard(), folder / STANDARD)
-    found = _legal(load(folder / "deploy.onnx"))
+    skips = _rewritten(graph.copy(), deploy(), folder / "deploy.onnx")
+    _rewritten(graph.copy(), for_amct(), folder / "qat.onnx")
+    deployed = load(folder / "deploy.onnx")  # what is checked is the file
+    found = _legal(deployed)
+    _rewritten(deployed, as_standard(), folder / STANDARD)
     (folder / "atc.sh").write_text(_script(graph, soc), encoding="utf-8")
     data = (f"{STANDARD}.data",) if (folder / f"{STANDARD}.data").exists() else ()
     return {"soc": soc, "int8_layers": found, "float_layers": skips, "data": data}
@@ -53,7 +54,7 @@ def _check(graph: Graph, model: Path) -> None:
     remedy = "compile the float model with --target ascend"
     assert target.operators is not None
     assert target.opset is not None
-    foreign = sorted({f"{n.domain}.{n.op}" if n.domain else n.op for n, _ in graph.walk()} - set(target.operators))
+    foreign = sorted({full_name(n) for n, _ in graph.walk()} - set(target.operators))
     if foreign:
         last = remedy if "onnxq.plan" not in graph.metadata or set(foreign) - _CHOOSE else "export it without them"
         raise ModelError(f"{model} holds {', '.join(foreign)}, which ATC does not take; {last}")
@@ -65,7 +66,7 @@ def _check(graph: Graph, model: Path) -> None:
                          "float model with fixed sizes, and compile it with --target ascend")
     if free:
         raise ModelError(f"{model} has free axes {', '.join(free)}, with which ATC compiles no int8; {remedy} and "
-                         f"{' '.join(f'--shape {axis}=N' for axis in free)}")
+                         f"{sizes_of(free)}")
     codes = [n.outputs[0] for n in graph.nodes if n.op == "QuantizeLinear"]
     if any(dtype_of(t) != np.int8 for t in codes):
         raise ModelError(f"{model} has codes of other types than int8, which ATC does not take; {remedy}")
@@ -87,7 +88,7 @@ def _legal(graph: Graph) -> int:
         elif node.op == DEQUANT:
             scales = np.asarray(graph.read(node.inputs[1]))
             ok = scales.dtype == np.uint64 and scales.ndim == 1 and not (scales >> np.uint64(32)).any()
-        elif node.op in _LAYERS and dtype_of(node.inputs[1]) == np.int8:
+        elif node.op in LAYERS and dtype_of(node.inputs[1]) == np.int8:
             count += 1
             maker, bias = graph.producer(node.inputs[0]), graph.optional_input(node, 2)
             ok = maker is not None and maker.op == QUANT and (bias is None or dtype_of(bias) == np.int32)

@@ -16,13 +16,13 @@ from onnxq.errors import DataError, ModelError, OutputError, UsageError
 from onnxq.exporting import manifest as manifests
 from onnxq.exporting import sample as samples
 from onnxq.exporting.checking import run_models
-from onnxq.exporting.formats import FIXED, FORMATS, OPTIMIZATIONS, WASM, Job
+from onnxq.exporting.formats import FIXED, FORMATS, OPTIMIZATIONS, Job
 from onnxq.exporting.manifest import Manifest
 from onnxq.graph import Header, read_header, stored_bytes
 from onnxq.progress import Progress, Silent
 from onnxq.recipe import Preprocessing, parse
 from onnxq.report.report import plain
-from onnxq.runtime.machine import STAND_INS, checking, session_options, target_here
+from onnxq.runtime.machine import STAND_INS, WASM, checking, session_options, target_here
 from onnxq.runtime.measure import environment
 from onnxq.runtime.ort_format import PLATFORMS
 from onnxq.runtime.session import CPU, Session, SessionOptions

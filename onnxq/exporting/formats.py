@@ -19,7 +19,6 @@ from onnxq.runtime.machine import STAND_INS
 from onnxq.runtime.session import CPU
 from onnxq.targets import Target
 
-WASM = "wasm"  # the provider of onnxruntime-web
 FIXED, RUNTIME = "fixed", "runtime"
 OPTIMIZATIONS = (FIXED, RUNTIME)
 

@@ -29,13 +29,13 @@ from onnxq.graph.tensors import (
     widen,
     widen_attribute,
 )
-from onnxq.graph.types import element_types
+from onnxq.graph.types import element_types, full_name
 from onnxq.graph.versions import limit_ir_version, lower_opset, raise_opset
 
 __all__ = ["CONTRIB", "FLOAT32", "HALF", "NUDGE", "SPARSE", "Graph", "Header", "Node", "PackedWeight", "Shared", "Slot",
            "Switch", "Tensor", "alone", "constants", "cut", "decoder_bytes", "dtype_of", "element_types",
-           "expose_codes", "file_bytes", "fix_axes", "fix_inputs", "free_axes", "halve", "identity", "infer_again",
-           "inline", "is_computed", "is_constant", "is_sparse", "limit_ir_version", "load", "lower_opset",
-           "make_sparse", "narrow", "pack_weight", "packed_weights", "port_of", "raise_opset", "read_header",
-           "read_nodes", "repeat", "save", "shape_of", "slots", "stored_bytes", "switched", "type_number", "up_to",
-           "weight_bytes", "widen", "widen_attribute", "write_nudged"]
+           "expose_codes", "file_bytes", "fix_axes", "fix_inputs", "free_axes", "full_name", "halve", "identity",
+           "infer_again", "inline", "is_computed", "is_constant", "is_sparse", "limit_ir_version", "load",
+           "lower_opset", "make_sparse", "narrow", "pack_weight", "packed_weights", "port_of", "raise_opset",
+           "read_header", "read_nodes", "repeat", "save", "shape_of", "slots", "stored_bytes", "switched",
+           "type_number", "up_to", "weight_bytes", "widen", "widen_attribute", "write_nudged"]

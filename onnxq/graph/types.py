@@ -14,6 +14,11 @@ from onnxq.graph.tensors import dtype_of
 STANDARD = (None, "", "ai.onnx")  # spellings of the domain of ONNX's own operators
 
 
+def full_name(node: Node) -> str:
+    """An operator's name with its domain in front, unless that is ONNX's own."""
+    return str(node.op) if node.domain in STANDARD else f"{node.domain}.{node.op}"
+
+
 def element_types(graph: Graph) -> dict[str, np.dtype[Any]]:
     """Tensor name -> element type, tensors of bodies included; those of unknown type are left out.
 

@@ -79,8 +79,7 @@ def _is_cast_alone(graph: Graph, core: Node, wide: Mapping[str, str], keep_ports
         half = dtype_of(maker.inputs[0]) == HALF[0] if maker.op == "Cast" else maker.name not in wide
     users = [user.op for user in graph.consumers(source) if user.name in wide]
     listed = keep_ports and graph.is_output(source)  # whose Cast is an output
-    return half and not listed and sorted(users) in (["ReduceMean", "Sub"],
-                                                                      ["ReduceMean", "Sub", "Sub"])
+    return half and not listed and sorted(users) in (["ReduceMean", "Sub"], ["ReduceMean", "Sub", "Sub"])
 
 
 def _roots(graph: Graph) -> Found:

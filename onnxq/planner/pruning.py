@@ -198,7 +198,10 @@ class Seen:
 
     def update(self, x: Floats) -> None:
         """Fold in one batch; of one whose last axis is twice as long both halves."""
-        parts = np.split(x, 2, axis=-1) if self.paired else [x]
+        self.fold(*(np.split(x, 2, axis=-1) if self.paired else [x]))
+
+    def fold(self, *parts: Floats) -> None:
+        """Fold in one batch as what is changed makes it, and behind it as it is in float, if that is another."""
         wanted = self._drawing.next(parts[0])
         if wanted.size:
             rows = [self.view.rows(part, wanted) for part in parts]

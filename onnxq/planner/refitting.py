@@ -11,13 +11,11 @@ import numpy.typing as npt
 from onnxq.calibration import observer
 from onnxq.graph import Graph, Node, up_to
 from onnxq.numerics.channel_pruning import damping
-from onnxq.numerics.compensation import Drift
 from onnxq.numerics.filters import from_matrix, to_matrix
 from onnxq.numerics.sampling import View
 from onnxq.passes.transform.remove_channels import give
 from onnxq.plan import Narrowed
-from onnxq.planner.hessians import Drawing
-from onnxq.planner.pruning import Calibrated
+from onnxq.planner.pruning import Calibrated, Seen
 from onnxq.planner.readers import view_of
 from onnxq.planner.scales import finite
 from onnxq.recipe import Calibration
@@ -38,15 +36,12 @@ class _Seen:
     """What layers read by one view: in float, and as all that is narrowed before makes it; with a 1 behind each row."""
 
     def __init__(self, view: View) -> None:
-        self.view, self.drift = view, Drift()
-        self._drawing = Drawing(view)
+        self._seen = Seen(view, paired=True, constant=True)
+        self.view, self.drift = view, self._seen.drift
 
     def update(self, reference: Floats, result: Floats) -> None:
         """Fold in one batch of both."""
-        wanted = self._drawing.next(reference)
-        if wanted.size:
-            self.drift.update(*(np.pad(self.view.rows(part, wanted), ((0, 0), (0, 1)), constant_values=1)
-                                for part in (result, reference)))
+        self._seen.fold(result, reference)
 
 
 def refit(graph: Graph, current: Graph, rewrites: Sequence[Narrowed], columns: dict[str, Columns], by: Calibrated,

@@ -19,7 +19,8 @@ from onnxq.runtime.session import CPU, Session, SessionOptions, how_to_install
 from onnxq.targets import ON_ARM, TARGETS, WITHOUT_VNNI, Target, runtimes
 
 _X86 = frozenset({"AMD64", "i386", "i686", "x86", "x86_64"})
-STAND_INS = ("atc", "wasm")  # what onnxruntime does not load as a provider: the CPU runs their models here
+ATC, WASM = "atc", "wasm"  # Ascend's compiler, onnxruntime-web
+STAND_INS = (ATC, WASM)  # what onnxruntime does not load as a provider: the CPU runs their models here
 _UNSEEN = "nothing was timed or read back, and {}"
 _VNNI = frozenset({"amx_int8", "avx512_vnni", "avx_vnni"})
 
@@ -121,7 +122,7 @@ def checking(target: Target, threads: int) -> Checking:
     if is_here(target):
         return Checking(options)
     plain = replace(options, optimize=False)
-    if target.provider == "atc":
+    if target.provider == ATC:
         said = _UNSEEN.format("accuracy is that of Q and DQ as they are written, on the CPU")
         return Checking(options, False, False, f"{said}; onnxq export --format ascend makes what ATC takes")
     if target.provider not in (CPU, *STAND_INS):

@@ -109,27 +109,28 @@ def spoil(folder: Path) -> str:
     return f"{manifest['models'][0]['file']} {output['name']}: error 1"
 
 
-@EACH
-def test_bundles_run_in_node(modules: Path, models: Path, tmp_path: Path, name: str, scheme: str) -> None:
-    folder = shutil.copytree(bundle(models, name, scheme), tmp_path / "moved")
-    (folder / "node_modules").symlink_to(modules)
-    done = subprocess.run(["node", "smoke.mjs"], cwd=folder, capture_output=True, text=True, check=False)
+def finds_all_well(done: subprocess.CompletedProcess[str], folder: Path) -> None:
+    """A smoke program told of each output of both models, and of nothing else."""
     assert (done.returncode, done.stderr) == (0, "")
     outputs = len(json.loads((folder / "manifest.json").read_text())["outputs"])
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["model.onnx"] * outputs + ["model.ort"] * outputs
     assert all(line.endswith(": ok") for line in lines)
+
+
+@EACH
+def test_bundles_run_in_node(modules: Path, models: Path, tmp_path: Path, name: str, scheme: str) -> None:
+    folder = shutil.copytree(bundle(models, name, scheme), tmp_path / "moved")
+    (folder / "node_modules").symlink_to(modules)
+    done = subprocess.run(["node", "smoke.mjs"], cwd=folder, capture_output=True, text=True, check=False)
+    finds_all_well(done, folder)
 
 
 @EACH
 def test_bundles_run_in_cpp(smoke: Path, models: Path, name: str, scheme: str) -> None:
     folder = bundle(models, name, scheme)
     done = subprocess.run([str(smoke), str(folder)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    outputs = len(json.loads((folder / "manifest.json").read_text())["outputs"])
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines] == ["model.onnx"] * outputs + ["model.ort"] * outputs
-    assert all(line.endswith(": ok") for line in lines)
+    finds_all_well(done, folder)
 
 
 @EACH

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from onnxq.graph import Graph
-from onnxq.passes.decompose.parts import Decomposition, full_name
+from onnxq.graph import Graph, full_name
+from onnxq.passes.decompose.parts import Decomposition
 from onnxq.passes.decompose.scale_first import ScaleFirst
 from onnxq.passes.decompose.spell_out_activations import SpellOutActivations
 from onnxq.passes.decompose.spell_out_attention import SpellOutAttention

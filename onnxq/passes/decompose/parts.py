@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from onnxq.graph import FLOAT32, Graph, Node, Tensor, dtype_of, shape_of
+from onnxq.graph import FLOAT32, Graph, Node, Tensor, dtype_of, full_name, shape_of
 from onnxq.passes.manager import Context, Pass
 
 
@@ -38,11 +38,6 @@ class Decomposition(Pass):
         """The pass for a provider that has the operators `supported` alone; None where it has all of these."""
         lacking = tuple(name for name in cls.known if name not in supported)
         return cls(lacking) if lacking else None
-
-
-def full_name(node: Node) -> str:
-    """An operator's name with its domain in front, unless that is ONNX's own."""
-    return f"{node.domain}.{node.op}" if node.domain not in (None, "", "ai.onnx") else str(node.op)
 
 
 class Parts:

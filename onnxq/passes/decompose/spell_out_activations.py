@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxq.graph import Graph, Node, Tensor
-from onnxq.passes.decompose.parts import Decomposition, Parts, full_name, is_float32
+from onnxq.graph import Graph, Node, Tensor, full_name
+from onnxq.passes.decompose.parts import Decomposition, Parts, is_float32
 from onnxq.passes.manager import Context
 
 _CONTRIB = "com.microsoft."
